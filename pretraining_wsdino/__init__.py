@@ -1,0 +1,27 @@
+"""Self-distillation with weak labels: pairs, crops, head, loss, teacher and schedules, in plain PyTorch."""
+
+from .distillation import DinoHead, DinoLoss, FeatureWindow, MultiCropNetwork, participation_ratio, update_teacher
+from .errors import TrainingError
+from .multicrop import CropSpec, cut_window, draw_boxes, resize_windows
+from .pairs import PairBatchSampler, PlanePairs, WeakLabelPairCollator, WeakLabelPairSampler
+from .schedules import cosine_schedule, linear_schedule
+
+__all__ = [
+    "CropSpec",
+    "DinoHead",
+    "DinoLoss",
+    "FeatureWindow",
+    "MultiCropNetwork",
+    "PairBatchSampler",
+    "PlanePairs",
+    "TrainingError",
+    "WeakLabelPairCollator",
+    "WeakLabelPairSampler",
+    "cosine_schedule",
+    "cut_window",
+    "draw_boxes",
+    "linear_schedule",
+    "participation_ratio",
+    "resize_windows",
+    "update_teacher",
+]

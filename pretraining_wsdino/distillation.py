@@ -1,0 +1,174 @@
+"""DINO's self-distillation: projection head, loss with a moving centre, EMA teacher, and monitors of collapse."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from torch import nn
+
+
+class DinoHead(nn.Module):
+    """Three-layer MLP, L2-normalised bottleneck and weight-normed prototypes (Caron et al. 2021, section 3).
+
+    Args:
+        in_dim: width of the backbone.
+        num_prototypes: outputs; 65,536 in the paper.
+        hidden_dim, bottleneck_dim: 2,048 and 256 in the paper.
+        free_norm: train the length of each prototype (the paper; DINO's `norm_last_layer=False`), or keep it at 1.
+
+    `(n, in_dim)` -> `(n, num_prototypes)`.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        num_prototypes: int = 65536,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+        free_norm: bool = True,
+    ):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(in_dim, hidden_dim),
+            nn.GELU(),
+            nn.Linear(hidden_dim, hidden_dim),
+            nn.GELU(),
+            nn.Linear(hidden_dim, bottleneck_dim),
+        )
+        for layer in self.mlp:
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+        # Only the MLP has the 0.02 initialisation in DINO; the prototypes keep nn.Linear's own, with unit length.
+        last_layer = nn.Linear(bottleneck_dim, num_prototypes, bias=False)
+        self.last_layer = nn.utils.parametrizations.weight_norm(last_layer, dim=0)
+        length = self.last_layer.parametrizations.weight.original0
+        nn.init.ones_(length)
+        length.requires_grad_(free_norm)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.last_layer(F.normalize(self.mlp(features), dim=-1))
+
+
+class MultiCropNetwork(nn.Module):
+    """Backbone and head over views of several sizes: one backbone pass a size, one head pass over all.
+
+    `backbone(pixel_values, cls_only=True).pooler_output` must give `(n, dim)`.
+    """
+
+    def __init__(self, backbone: nn.Module, head: nn.Module):
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+    def forward(self, views: Iterable[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits `(sum n_i, prototypes)` and features `(sum n_i, dim)` of views `(n_i, 1, size_i, size_i)`."""
+        features = torch.cat([self.backbone(view, cls_only=True).pooler_output for view in views])
+        return self.head(features), features
+
+
+class DinoLoss(nn.Module):
+    """Cross-entropy of student predictions under centred, sharpened teacher targets, over all pairs of different views.
+
+    Args:
+        num_prototypes: columns of the logits.
+        student_temperature: 0.07 in the paper (0.1 in DINO).
+        center_momentum: 0.8 in the paper (0.9 in DINO).
+    """
+
+    def __init__(self, num_prototypes: int, student_temperature: float = 0.07, center_momentum: float = 0.8):
+        super().__init__()
+        self.student_temperature, self.center_momentum = student_temperature, center_momentum
+        self.register_buffer("center", torch.zeros(1, num_prototypes))
+        self._sums: list[torch.Tensor] = []
+
+    def forward(
+        self, student_logits: torch.Tensor, teacher_logits: torch.Tensor, batch_size: int, teacher_temperature: float
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss of one micro-batch, in float32 whatever the logits' precision.
+
+        Args:
+            student_logits: `(views * batch_size, prototypes)`, view-major, the teacher's views first.
+            teacher_logits: `(teacher views * batch_size, prototypes)`, view-major.
+
+        Returns:
+            The loss, and monitors (0-dimensional tensors, detached, in nats): `teacher_entropy`, mean entropy of the
+            targets; `mean_entropy`, entropy of the mean target; `kl`, loss less teacher entropy over the same pairs.
+            Collapse to one prototype drives the first two to 0, collapse to uniform drives both to ln(prototypes);
+            their difference is what the targets tell images apart by.
+        """
+        student = F.log_softmax(student_logits.float() / self.student_temperature, dim=-1).view(
+            -1, batch_size, student_logits.shape[-1]
+        )
+        with torch.no_grad():
+            teacher = teacher_logits.float()
+            targets = F.softmax((teacher - self.center) / teacher_temperature, dim=-1).view(
+                -1, batch_size, teacher.shape[-1]
+            )
+            # Every student view learns from the sum of the targets of all *other* views: one product a student view
+            # instead of one a pair.
+            wanted = targets.sum(0, keepdim=True).expand(len(student), -1, -1).clone()
+            wanted[: len(targets)] -= targets
+        pairs = len(targets) * (len(student) - 1)
+        loss = -(wanted * student).sum() / (pairs * batch_size)
+        self._sums.append(teacher.mean(0, keepdim=True))
+
+        with torch.no_grad():
+            entropy = torch.special.entr(targets).sum(-1).mean()
+            mean_target = targets.flatten(0, 1).mean(0)
+            monitors = {
+                "teacher_entropy": entropy,
+                "mean_entropy": torch.special.entr(mean_target).sum(),
+                "kl": loss.detach() - entropy,
+            }
+        return loss, monitors
+
+    @torch.no_grad()
+    def update_center(self) -> None:
+        """Move the centre by the mean teacher output since the last call, over all micro-batches and processes.
+
+        Called once an optimiser step, so that all micro-batches of a step see the same centre.
+        """
+        mean = torch.stack(self._sums).mean(0)
+        self._sums.clear()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(mean)
+            mean /= torch.distributed.get_world_size()
+        self.center.mul_(self.center_momentum).add_(mean, alpha=1 - self.center_momentum)
+
+
+@torch.no_grad()
+def update_teacher(student: nn.Module, teacher: nn.Module, momentum: float) -> None:
+    """teacher <- momentum * teacher + (1 - momentum) * student, all parameters in one fused call."""
+    torch._foreach_lerp_(list(teacher.parameters()), [p.detach() for p in student.parameters()], 1.0 - momentum)
+
+
+def participation_ratio(features: torch.Tensor) -> float:
+    """(sum of eigenvalues)^2 / (sum of squared eigenvalues) of the features' covariance: how many directions vary.
+
+    `features (n, dim)`; 1 when everything varies along one line, at most min(dim, n - 1); 0 for constant features.
+    """
+    centred = features.double() - features.double().mean(0, keepdim=True)
+    gram = centred @ centred.T if len(centred) < centred.shape[1] else centred.T @ centred
+    squared = gram.square().sum()
+    return float(gram.trace().square() / squared) if squared > 0 else 0.0
+
+
+class FeatureWindow(nn.Module):
+    """The last `length` teacher features, kept to watch their participation ratio; saved with the training state."""
+
+    def __init__(self, length: int, dim: int):
+        super().__init__()
+        self.register_buffer("features", torch.zeros(length, dim))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    @torch.no_grad()
+    def add(self, features: torch.Tensor) -> None:
+        """`features (n, dim)`; only the last `length` are kept when n is larger."""
+        features = features.detach()[-len(self.features) :].to(self.features)
+        place = (int(self.seen) + torch.arange(len(features))) % len(self.features)
+        self.features[place.to(self.features.device)] = features
+        self.seen += len(features)
+
+    def participation_ratio(self) -> float:
+        return participation_ratio(self.features[: min(int(self.seen), len(self.features))])

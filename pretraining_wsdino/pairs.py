@@ -1,0 +1,280 @@
+"""Weak-label pairs: which image gives the global crops, which gives the local crops, and the batch made of them.
+
+The one change WS-DINO makes to DINO (paper section 3.2): the global crops come from an anchor image, the local crops
+from a partner image with the same weak label. Anchors are drawn label-balanced with replacement; an epoch is as many
+draws as there are images.
+
+Every draw is keyed by (seed, step, slot in the global batch) through a counter-based generator, and each process takes
+its slice of the global batch. So the pairs and crops do not depend on workers or on the number of processes, no two
+processes draw the same slot (the released code's did), and resuming at step n costs nothing.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from .errors import TrainingError
+from .multicrop import CropSpec, cut_window, draw_boxes
+
+CONSTRAINTS = ("none", "image", "well", "plate", "batch")
+
+# Separate streams of one seed: pair draws and crop draws must not share random numbers.
+PAIR_STREAM, CROP_STREAM = 0, 1
+
+
+def keyed_generator(seed: int, stream: int, step: int, slot: int = 0) -> np.random.Generator:
+    """Counter-based random numbers that depend on (seed, stream, step, slot) and on nothing else."""
+    return np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, 0, slot, step]))
+
+
+class Pair(NamedTuple):
+    """One slot of a global batch: the images (row numbers) of the global and of the local crops."""
+
+    step: int
+    slot: int
+    anchor: int
+    partner: int
+
+
+class WeakLabelPairSampler:
+    """Label-balanced anchors and same-label partners for any step of a run, without state.
+
+    Args:
+        labels: weak label of every image, by row; None or "" means unlabelled. `None` in place of the sequence means
+            no weak labels at all, which is DINO: anchors uniform, each its own partner.
+        groups: for the constraints used, the group of every image, e.g. `{"well": [...], "plate": [...]}`; a well must
+            be named so that two plates' B02 differ.
+        constraint: what the partner must differ in, where the label allows it. "image": another image (the default;
+            what the paper describes). "well", "plate", "batch": another well, plate or batch; where the label has
+            none, the next looser constraint of this order is used, and such fallbacks are counted. "none": any image
+            of the label, the anchor included, as the released code drew (4.3 % of its BBBC021 draws paired an image
+            with itself).
+        unlabelled: "drop" leaves images without a label out; "self" lets each train as its own partner, drawn as often
+            as an image is on average, so that a partly labelled screen trains whole (the paper's section 5).
+        seed: of the whole run.
+
+    Raises:
+        TrainingError: an unknown constraint, a missing group column, lengths that differ, or no image left.
+    """
+
+    def __init__(
+        self,
+        labels: Sequence[str | None] | None,
+        *,
+        num_images: int | None = None,
+        groups: dict[str, Sequence] | None = None,
+        constraint: str = "image",
+        unlabelled: str = "drop",
+        seed: int = 0,
+    ):
+        if constraint not in CONSTRAINTS:
+            raise TrainingError(f"--pair_constraint is {constraint!r}: use one of {', '.join(CONSTRAINTS)}.")
+        if unlabelled not in ("drop", "self"):
+            raise TrainingError(f"--unlabelled is {unlabelled!r}: use drop or self.")
+        self.seed, self.constraint = seed, constraint
+        self.num_images = len(labels) if labels is not None else int(num_images or 0)
+        if self.num_images == 0:
+            raise TrainingError("The dataset has no images to train on: check --dataset and --part.")
+
+        rows = np.arange(self.num_images)
+        if labels is None:
+            label_of = np.full(self.num_images, -1)
+        else:
+            names = np.array(["" if name is None or name != name else str(name) for name in labels], dtype=object)
+            known, codes = np.unique(names.astype(str), return_inverse=True)
+            label_of = np.where(known[codes] == "", -1, codes)
+            if unlabelled == "drop":
+                rows = rows[label_of >= 0]
+            if not (label_of >= 0).any():
+                raise TrainingError(
+                    "--weak_label names a column without values: every row of it is empty; choose another column."
+                )
+        self.rows = rows
+        self.labelled, self.unlabelled_rows = rows[label_of[rows] >= 0], rows[label_of[rows] < 0]
+        present, self.code, self.label_counts = np.unique(
+            label_of[self.labelled], return_inverse=True, return_counts=True
+        )
+        self.num_labels = len(present)
+        self.starts = np.cumsum(self.label_counts) - self.label_counts
+        # From the constraint asked for to the loosest: ("plate", "well", "image") for "plate", () for "none".
+        self.chain = tuple(reversed(CONSTRAINTS[1 : CONSTRAINTS.index(constraint) + 1]))
+        self.levels = [self._runs(self._groups(level, groups or {})) for level in self.chain or ("image",)]
+
+    def _groups(self, level: str, groups: dict[str, Sequence]) -> np.ndarray:
+        """Integer group of every labelled row at one level of constraint."""
+        if level == "image":
+            return np.arange(len(self.labelled))
+        if level not in groups:
+            raise TrainingError(
+                f"--pair_constraint {self.constraint} needs the column {level!r}, which the dataset lacks: "
+                "add it or choose another constraint."
+            )
+        values = np.asarray(groups[level], dtype=object).astype(str)
+        if len(values) != self.num_images:
+            raise TrainingError(f"The column {level!r} has {len(values)} values for {self.num_images} images.")
+        return np.unique(values[self.labelled], return_inverse=True)[1]
+
+    def _runs(self, group: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The labelled rows ordered by (label, group), and for each row the [first, last) of its group's run there.
+
+        A label's rows are contiguous in that order and a group's rows are contiguous inside them, so that a partner
+        outside the group is one integer draw over what is left of the label.
+        """
+        order = np.lexsort((group, self.code))
+        starts_run = np.r_[True, (np.diff(self.code[order]) != 0) | (np.diff(group[order]) != 0)][: len(order)]
+        firsts = np.flatnonzero(starts_run)
+        lasts = np.r_[firsts[1:], len(order)][: len(firsts)]
+        run_of = np.empty(len(order), dtype=np.int64)
+        run_of[order] = np.cumsum(starts_run) - 1
+        return order, firsts[run_of], lasts[run_of]
+
+    def draw(self, step: int, size: int) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
+        """Anchors and partners of one global batch.
+
+        Returns:
+            `anchors (size,)`, `partners (size,)` row numbers, and the number of draws that fell back to each looser
+            constraint, e.g. `{"well": 3, "image": 1, "self": 0}`.
+        """
+        random = keyed_generator(self.seed, PAIR_STREAM, step)
+        u = random.random((4, size))
+        if self.num_labels == 0:  # no weak labels: DINO
+            anchors = self.rows[(u[1] * len(self.rows)).astype(np.int64)]
+            return anchors, anchors.copy(), {}
+
+        label = (u[0] * self.num_labels).astype(np.int64)
+        within = (u[1] * self.label_counts[label]).astype(np.int64)
+        order, _, _ = self.levels[0]
+        anchor = order[self.starts[label] + within]  # index into self.labelled
+        partner = np.full(size, -1, dtype=np.int64)
+        fallbacks: dict[str, int] = {}
+        if not self.chain:  # any image of the label, the anchor included
+            partner = order[self.starts[label] + (u[2] * self.label_counts[label]).astype(np.int64)]
+        for depth, (level, (order, first, last)) in enumerate(zip(self.chain, self.levels, strict=False)):
+            first_of, last_of, start = first[anchor], last[anchor], self.starts[label]
+            candidates = self.label_counts[label] - (last_of - first_of)
+            todo = (partner < 0) & (candidates > 0)
+            offset = start + (u[2] * candidates).astype(np.int64)
+            offset = np.where(offset >= first_of, offset + (last_of - first_of), offset)
+            partner[todo] = order[offset[todo]]
+            if depth:
+                fallbacks[level] = int(todo.sum())
+        alone = partner < 0
+        partner[alone] = anchor[alone]
+        if self.chain:
+            fallbacks["self"] = int(alone.sum())
+        anchors, partners = self.labelled[anchor], self.labelled[partner]
+
+        if len(self.unlabelled_rows):
+            plain = u[3] < len(self.unlabelled_rows) / len(self.rows)
+            own = self.unlabelled_rows[(u[1] * len(self.unlabelled_rows)).astype(np.int64)]
+            anchors, partners = np.where(plain, own, anchors), np.where(plain, own, partners)
+        return anchors, partners, fallbacks
+
+
+class PairBatchSampler(Sampler):
+    """This process's slice of every global batch from `first_step` on, as lists of `Pair` for a DataLoader.
+
+    A global batch of `batch_size * num_processes * accumulation` slots is cut into micro-batches; process r takes the
+    r-th `batch_size` slots of each. The order of slots is thus the same for any number of processes.
+    """
+
+    def __init__(
+        self,
+        pairs: WeakLabelPairSampler,
+        *,
+        batch_size: int,
+        total_steps: int,
+        first_step: int = 0,
+        accumulation: int = 1,
+        process_index: int = 0,
+        num_processes: int = 1,
+    ):
+        self.pairs, self.batch_size = pairs, batch_size
+        self.total_steps, self.first_step, self.accumulation = total_steps, first_step, accumulation
+        self.process_index, self.num_processes = process_index, num_processes
+        self.global_batch = batch_size * num_processes * accumulation
+
+    def __len__(self) -> int:
+        return (self.total_steps - self.first_step) * self.accumulation
+
+    def __iter__(self) -> Iterator[list[Pair]]:
+        for step in range(self.first_step, self.total_steps):
+            anchors, partners, _ = self.pairs.draw(step, self.global_batch)
+            for micro in range(self.accumulation):
+                first = (micro * self.num_processes + self.process_index) * self.batch_size
+                slots = range(first, first + self.batch_size)
+                yield [Pair(step, slot, int(anchors[slot]), int(partners[slot])) for slot in slots]
+
+
+class PlanePairs(Dataset):
+    """Looks a `Pair` up in the planes: `(pair, anchor plane, partner plane)`, planes as `(height, width)` views.
+
+    Args:
+        planes: anything indexed by row that gives one channel's plane, e.g. a read-only memory map
+            `(fields, height, width)` of uint16 or uint8.
+        rows: rows of `planes` that the sampler's row numbers stand for (all, in order, by default).
+    """
+
+    def __init__(self, planes, rows: Sequence[int] | None = None):
+        self.planes, self.rows = planes, rows
+
+    def __len__(self) -> int:
+        return len(self.planes if self.rows is None else self.rows)
+
+    def __getitem__(self, pair: Pair) -> tuple[Pair, np.ndarray, np.ndarray]:
+        row = (lambda i: i) if self.rows is None else (lambda i: int(self.rows[i]))
+        return pair, self.planes[row(pair.anchor)], self.planes[row(pair.partner)]
+
+
+class WeakLabelPairCollator:
+    """Cuts the global crops out of the anchors and the local crops out of the partners, as one batch of windows.
+
+    Only the windows are cut here (a copy of just their pixels); `resize_windows` makes them crops of one size on the
+    training device.
+
+    Args:
+        global_crops, local_crops: what to draw; see `CropSpec`.
+        seed: of the run; crop boxes are keyed by (seed, step, slot).
+    """
+
+    def __init__(self, global_crops: CropSpec, local_crops: CropSpec, seed: int = 0):
+        self.global_crops, self.local_crops, self.seed = global_crops, local_crops, seed
+
+    def __call__(
+        self, items: Sequence[tuple[Pair, np.ndarray, np.ndarray]]
+    ) -> dict[str, dict[str, torch.Tensor] | torch.Tensor]:
+        """Windows and boxes, view-major: the first `len(items)` windows are everyone's first view, and so on.
+
+        Returns:
+            `{"global": {...}, "local": {...}, "anchors": (batch,), "partners": (batch,)}`, each part
+            `{"windows": (views * batch, tallest, widest) uint16 or uint8, zero-padded, "sizes": (views * batch, 2),
+            "flips": (views * batch, 2) bool}` as `resize_windows` takes them.
+        """
+        chosen = {"global": [], "local": []}
+        for pair, anchor, partner in items:
+            random = keyed_generator(self.seed, CROP_STREAM, pair.step, pair.slot)
+            for part, spec, plane in (("global", self.global_crops, anchor), ("local", self.local_crops, partner)):
+                chosen[part].append((plane, draw_boxes(random, spec, plane.shape)))
+        batch = {part: self._windows(rows) for part, rows in chosen.items()}
+        batch["anchors"] = torch.tensor([pair.anchor for pair, _, _ in items])
+        batch["partners"] = torch.tensor([pair.partner for pair, _, _ in items])
+        return batch
+
+    @staticmethod
+    def _windows(rows) -> dict[str, torch.Tensor]:
+        views = len(rows[0][1])
+        boxes = np.stack([boxes for _, boxes in rows], axis=1)  # (views, batch, 6)
+        tallest, widest = boxes[..., 2].max(), boxes[..., 3].max()
+        windows = np.zeros((views * len(rows), tallest, widest), dtype=rows[0][0].dtype)
+        for view in range(views):
+            for item, (plane, own) in enumerate(rows):
+                cut_window(plane, own[view], out=windows[view * len(rows) + item])
+        flat = boxes.reshape(-1, 6)
+        return {
+            "windows": torch.from_numpy(windows),
+            "sizes": torch.from_numpy(flat[:, 2:4].copy()),
+            "flips": torch.from_numpy(flat[:, 4:6].astype(bool)),
+        }
