@@ -1,0 +1,269 @@
+"""The WS-DINO image processor: 16-bit fields to clipped, scaled, square tiles.
+
+A field is one site of a well, `(height, width)` or `(channels, height, width)` of raw intensities. As in the paper
+(arXiv 2209.07819, section 3) intensities are clipped at 10,000 and divided by it, with no mean and no standard
+deviation, and the centre of the field is cut into a square grid of tiles.
+"""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import BaseImageProcessor, BatchFeature
+
+# Modes of Pillow images with a single intensity a pixel. A colour image is a rendering, not a measurement.
+GRAY_MODES = ("L", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+TILE_LAYOUTS = ("paper", "full")
+
+
+class WSDinoImageProcessorKwargs(TypedDict, total=False):
+    """What may be set when the processor is loaded, or for one call."""
+
+    tiles: str
+    tile_size: int
+    tile_grid: int
+    max_intensity: int | float
+    channel_names: list[str]
+
+
+class WSDinoImageProcessor(BaseImageProcessor):
+    r"""
+    Cut 16-bit fluorescence fields into tiles of floats in [0, 1].
+
+    Parameters
+    ----------
+    tiles : {"paper", "full"}
+        Which tiles: `paper` is a centred grid of `tile_grid` by `tile_grid`; `full` covers the whole field with the
+        fewest tiles, evenly spaced and so overlapping where the sides are no multiples of a tile.
+    tile_size : int
+        Side of a tile in pixels (224 in the paper).
+    tile_grid : int
+        Tiles along a side of the centred grid (2 in the paper: 448x448 of a 640x512 field).
+    max_intensity : int or float
+        Intensities are clipped here and divided by it (10,000 in the paper).
+    channel_names : list of str
+        The channels of a field in the order of the model's towers; needed for fields given as a dict of channels.
+    """
+
+    model_input_names = ["pixel_values"]
+    valid_kwargs = WSDinoImageProcessorKwargs
+
+    def __init__(
+        self,
+        tiles: str = "paper",
+        tile_size: int = 224,
+        tile_grid: int = 2,
+        max_intensity: int | float = 10_000,
+        channel_names: Iterable[str] = (),
+        **kwargs,
+    ) -> None:
+        super().__init__(**kwargs)
+        if tiles not in TILE_LAYOUTS:
+            raise ValueError(f"tiles must be one of {', '.join(TILE_LAYOUTS)}, but is {tiles!r}.")
+        for name, value in (("tile_size", tile_size), ("tile_grid", tile_grid), ("max_intensity", max_intensity)):
+            if not value > 0:
+                raise ValueError(f"{name} must be positive, but is {value}.")
+        self.tiles = tiles
+        self.tile_size = tile_size
+        self.tile_grid = tile_grid
+        self.max_intensity = max_intensity
+        self.channel_names = list(channel_names)
+
+    def preprocess(self, images: Any, *, return_tensors: str | None = "pt", **kwargs) -> BatchFeature:
+        """Tiles of one field or several, ready for the model.
+
+        Parameters
+        ----------
+        images : field or list of fields or array `(fields, channels, height, width)`
+            See `field_tiles` for what a field may be.
+        return_tensors : str, optional
+            `"pt"` (default) or `"np"`.
+        **kwargs
+            `tiles` and `max_intensity`, for this call alone.
+
+        Returns
+        -------
+        BatchFeature
+            `pixel_values` `(fields * tiles, channels, tile_size, tile_size)`, float32 in [0, 1]: the tiles of
+            a field stand together, row by row, so that `features.unflatten(0, (fields, -1))` separates them again.
+        """
+        if not isinstance(images, list | tuple) and getattr(images, "ndim", 0) != 4:
+            images = [images]
+        tiles = [tile for image in images for tile in self.field_tiles(image, **kwargs)]
+        if not tiles:
+            raise ValueError("no images were given: pass at least one field.")
+        if len({tile.shape for tile in tiles}) > 1:
+            raise ValueError(
+                f"fields with {' and '.join(sorted({str(tile.shape[0]) for tile in tiles}))} channels cannot share "
+                f"a batch: "
+                "process them apart."
+            )
+        return BatchFeature({"pixel_values": np.stack(tiles)}, tensor_type=return_tensors)
+
+    def field_tiles(
+        self,
+        image: Any,
+        *,
+        tiles: str | None = None,
+        max_intensity: int | float | None = None,
+        channel_names: Iterable[str] | None = None,
+    ) -> list[np.ndarray]:
+        """The tiles of one field.
+
+        Parameters
+        ----------
+        image : array, tensor, PIL.Image, path, or dict of these by channel
+            `(height, width)` or `(channels, height, width)` raw intensities; Pillow images of mode `I;16` (or
+            `I`, `F`, `L`); paths of PNG or TIFF files.
+        tiles, max_intensity, channel_names : optional
+            Instead of the processor's own.
+
+        Returns
+        -------
+        list of numpy.ndarray
+            Float32 `(channels, tile_size, tile_size)` in [0, 1], row by row.
+
+        Raises
+        ------
+        ValueError
+            For what is no such field, or a field smaller than its tiles. An 8-bit field is warned about.
+        """
+        field, name = _read_field(image, list(self.channel_names if channel_names is None else channel_names))
+        limit = self._intensity_limit(field, name, max_intensity)
+        size = self.tile_size
+        return [
+            np.clip(field[:, top : top + size, left : left + size], 0, limit).astype(np.float32) / np.float32(limit)
+            for top, left in self._tile_corners(*field.shape[-2:], name, self.tiles if tiles is None else tiles)
+        ]
+
+    def _tile_corners(self, height: int, width: int, name: str, tiles: str) -> list[tuple[int, int]]:
+        """Top left corners of the tiles of a `height` by `width` field."""
+        size = self.tile_size
+        if tiles == "paper":
+            region = self.tile_grid * size
+            mend = "give a larger field, or a smaller tile_size or tile_grid"
+            tops, lefts = (
+                [(side - region) // 2 + size * step for step in range(self.tile_grid)] for side in (height, width)
+            )
+        elif tiles == "full":
+            region = size
+            mend = "give a larger field or a smaller tile_size"
+            counts = (-(-height // size), -(-width // size))
+            tops, lefts = (
+                np.linspace(0, side - size, count).round().astype(int).tolist()
+                for side, count in zip((height, width), counts, strict=True)
+            )
+        else:
+            raise ValueError(f"tiles must be one of {', '.join(TILE_LAYOUTS)}, but is {tiles!r}.")
+        if min(height, width) < region:
+            raise ValueError(
+                f"{name} is {height}x{width} pixels (height x width), smaller than the {region}x{region} of its "
+                f"{size}x{size} tiles: {mend}."
+            )
+        return [(top, left) for top in tops for left in lefts]
+
+    def _intensity_limit(self, field: np.ndarray, name: str, max_intensity: int | float | None) -> int | float:
+        """The intensity that becomes 1. An 8-bit field scaled as a 16-bit one would be nearly black."""
+        if max_intensity is not None:
+            if not max_intensity > 0:
+                raise ValueError(f"max_intensity must be positive, but is {max_intensity}.")
+            return max_intensity
+        if field.dtype == np.uint8 and self.max_intensity > 255:
+            warnings.warn(
+                f"{name} is 8-bit, but this model was trained on 16-bit intensities clipped at "
+                f"{self.max_intensity:g}: it is "
+                "divided by 255, and its features do not compare with those of 16-bit fields; give the 16-bit "
+                "original.",
+                stacklevel=4,
+            )
+            return 255
+        if np.issubdtype(field.dtype, np.floating):
+            if not np.isfinite(field).all():
+                raise ValueError(f"{name} holds values that are not finite: replace them before.")
+            if self.max_intensity > 1 and 0 < field.max() <= 1:
+                raise ValueError(
+                    f"{name} holds floats no larger than 1, as if scaled already: give raw intensities, or say "
+                    f"max_intensity=1."
+                )
+        return self.max_intensity
+
+
+def _read_field(image: Any, channel_names: list[str]) -> tuple[np.ndarray, str]:
+    """A field as `(channels, height, width)` raw intensities, and a name for messages."""
+    if isinstance(image, Mapping):
+        return _stack_channels(image, channel_names)
+    name = "the image"
+    if isinstance(image, str | Path):
+        name = str(image)
+        if not Path(image).is_file():
+            raise FileNotFoundError(f"{name} is not a file: give the path of a PNG or TIFF image.")
+        try:
+            with Image.open(image) as opened:
+                image = _read_pillow(opened, name)
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"{name} cannot be read as an image ({error}): copy the file again.") from error
+    elif isinstance(image, Image.Image):
+        image = _read_pillow(image, name)
+    elif isinstance(image, torch.Tensor):
+        image = image.detach().cpu().numpy()
+    if not isinstance(image, np.ndarray):
+        raise ValueError(
+            f"a {type(image).__name__} is not an image: give an array, a Pillow image, a path, or a dict of these "
+            f"by channel."
+        )
+    if image.dtype.kind not in "uif":
+        raise ValueError(f"{name} holds {image.dtype} values: give intensities.")
+    if image.ndim == 2:
+        image = image[None]
+    if image.ndim != 3:
+        raise ValueError(f"{name} has the shape {image.shape}: give (height, width) or (channels, height, width).")
+    return image, name
+
+
+def _read_pillow(image: Image.Image, name: str) -> np.ndarray:
+    """Pixels of a Pillow image; the pages of a multi-page TIFF become channels."""
+    if image.mode not in GRAY_MODES:
+        raise ValueError(
+            f"{name} is a {image.mode} picture, not measured intensities: give one 16-bit gray image a channel."
+        )
+    pages = []
+    for page in range(getattr(image, "n_frames", 1)):
+        if page:
+            image.seek(page)
+        pages.append(np.asarray(image))
+    return np.stack(pages) if len(pages) > 1 else pages[0]
+
+
+def _stack_channels(images: Mapping, channel_names: list[str]) -> tuple[np.ndarray, str]:
+    """The planes of a dict of channels, in the order of the model's towers; further entries are left alone."""
+    if not channel_names:
+        raise ValueError(
+            "this model does not know its channels' names, so a dict of channels has no order: give the plane or an "
+            "array."
+        )
+    absent = [name for name in channel_names if name not in images]
+    if absent:
+        raise ValueError(
+            f"the channel {', '.join(absent)} is not among those given ({', '.join(map(str, images))}): this model "
+            f"was trained "
+            f"on {', '.join(channel_names)}; give it, or use the repository of another channel."
+        )
+    planes = []
+    for channel in channel_names:
+        plane, _ = _read_field(images[channel], [channel])
+        if plane.shape[0] != 1:
+            raise ValueError(f"the channel {channel} has {plane.shape[0]} planes: give one (height, width) plane.")
+        if planes and (plane.shape, plane.dtype) != (planes[0].shape, planes[0].dtype):
+            raise ValueError(
+                f"the channel {channel} is {plane.shape[1]}x{plane.shape[2]} {plane.dtype}, but {channel_names[0]} is "
+                f"{planes[0].shape[1]}x{planes[0].shape[2]} {planes[0].dtype}: give channels of one field."
+            )
+        planes.append(plane)
+    return np.concatenate(planes), f"the field ({', '.join(channel_names)})"
+
+
+__all__ = ["WSDinoImageProcessor"]
