@@ -1,5 +1,6 @@
 """Self-distillation with weak labels: pairs, crops, head, loss, teacher and schedules, in plain PyTorch."""
 
+from .arguments import TrainingArguments, changed_settings, check_arguments, preset_arguments
 from .distillation import DinoHead, DinoLoss, FeatureWindow, MultiCropNetwork, participation_ratio, update_teacher
 from .errors import TrainingError
 from .multicrop import CropSpec, cut_window, draw_boxes, resize_windows
@@ -14,14 +15,18 @@ __all__ = [
     "MultiCropNetwork",
     "PairBatchSampler",
     "PlanePairs",
+    "TrainingArguments",
     "TrainingError",
     "WeakLabelPairCollator",
     "WeakLabelPairSampler",
+    "changed_settings",
+    "check_arguments",
     "cosine_schedule",
     "cut_window",
     "draw_boxes",
     "linear_schedule",
     "participation_ratio",
+    "preset_arguments",
     "resize_windows",
     "update_teacher",
 ]

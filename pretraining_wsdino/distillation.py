@@ -68,7 +68,7 @@ class MultiCropNetwork(nn.Module):
 
 
 class DinoLoss(nn.Module):
-    """Cross-entropy of student predictions under centred, sharpened teacher targets, over all pairs of different views.
+    """Cross-entropy of the student under centred, sharpened teacher targets, over all pairs of different views.
 
     Args:
         num_prototypes: columns of the logits.

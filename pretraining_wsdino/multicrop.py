@@ -6,11 +6,13 @@ a crop is cut before anything is computed, so that the cost is that of the crop'
 and all crops of a batch are resized together as two batched matrix products.
 """
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+from .errors import TrainingError
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def bicubic_weights(
 
 
 def resize_windows(
-    windows: torch.Tensor, sizes: torch.Tensor, flips: torch.Tensor, size: int, intensity_clip: float
+    windows: torch.Tensor, sizes: torch.Tensor, flips: torch.Tensor, size: int, max_intensity: float
 ) -> torch.Tensor:
     """Network input from raw windows: clip, scale to [0, 1], bicubic to `size`, flip; all windows at once.
 
@@ -103,20 +105,23 @@ def resize_windows(
         sizes: `(n, 2)` height and width of each window inside the padding.
         flips: `(n, 2)` bool, left-right and up-down.
         size: side of the crop.
-        intensity_clip: counts that become 1.0; brighter pixels are clipped first (10,000 in the paper's recipe).
+        max_intensity: counts that become 1.0; brighter pixels are clipped first (10,000 in the paper's recipe).
 
     Returns:
         `(n, 1, size, size)` float32; the cubic kernel may overshoot [0, 1] a little, as the original's does.
     """
-    scaled = windows.float().clamp_(max=intensity_clip).div_(intensity_clip)
+    scaled = windows.float().clamp_(max=max_intensity).div_(max_intensity)
     rows = bicubic_weights(sizes[:, 0], size, windows.shape[1], flips[:, 1])
     columns = bicubic_weights(sizes[:, 1], size, windows.shape[2], flips[:, 0])
     return torch.bmm(torch.bmm(rows, scaled), columns.transpose(1, 2))[:, None]
 
 
-def check_area(name: str, area: tuple[float, float]) -> str | None:
-    """A sentence on what is wrong with an area range, or None."""
-    low, high = area
-    if not (0 < low <= high <= 1) or not math.isfinite(high):
-        return f"{name} is {low:g} {high:g}: give two shares of the field's area with 0 < low <= high <= 1."
-    return None
+def check_area(flag: str, area: Sequence[float]) -> None:
+    """Refuse an area range that is not two shares of a field.
+
+    Raises:
+        TrainingError: naming `flag`.
+    """
+    if len(area) != 2 or not 0 < area[0] <= area[1] <= 1:
+        given = " ".join(f"{share:g}" for share in area)
+        raise TrainingError(f"{flag} is {given}: give two shares of the field's area with 0 < low <= high <= 1.")

@@ -1,0 +1,202 @@
+"""Every setting of a training run as one typed dataclass, its presets, and what makes a setting unusable."""
+
+from dataclasses import dataclass, field, fields
+
+from .errors import TrainingError
+from .multicrop import check_area
+from .pairs import CONSTRAINTS
+
+
+def setting(default, help: str):
+    """A dataclass field with its `--help` text; lists are copied for every instance."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+# What a preset changes; all other arguments keep the defaults of `TrainingArguments`, which are the paper's.
+PRESETS = {
+    "paper": {},
+    # A small ViT on small simulated fields, from random weights: minutes on two CPU cores. Random weights need a far
+    # larger learning rate, a slower teacher and sharper targets than the paper's fine-tuning from ImageNet weights.
+    "demo": {
+        "init": "random",
+        "output_dir": "runs/demo",
+        "hidden_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 3,
+        "drop_path_rate": 0.0,
+        "global_crop_size": 64,
+        "local_crop_size": 32,
+        "tile_size": 64,
+        "num_prototypes": 1024,
+        "head_hidden_dim": 256,
+        "head_bottleneck_dim": 64,
+        "student_temperature": 0.1,
+        "teacher_temperature": 0.04,
+        "center_momentum": 0.9,
+        "teacher_momentum": 0.99,
+        "learning_rate": 5e-4,
+        "final_learning_rate": 1e-5,
+        "warmup_epochs": 2,
+        "max_grad_norm": 1.0,
+        "batch_size": 32,
+        "epochs": 10,
+        "stop_after_epoch": None,
+        "log_every": 5,
+    },
+}
+
+
+@dataclass
+class TrainingArguments:
+    """Every setting of a run, with the paper's recipe, as its released code runs it, as defaults."""
+
+    preset: str = setting("demo", f"Named settings, overridden by any flag given: {', '.join(PRESETS)}.")
+    dataset: str | None = setting(None, "Built dataset folder or Hub id. Without it a small screen is simulated.")
+    part: str = setting("annotated", "Configuration of the dataset to train on.")
+    channels: list[str] = setting(["dna", "tubulin", "actin"], "Image columns, one network each.")
+    weak_label: str = setting("compound", "none (plain DINO), treatment, compound, moa, or any column of the dataset.")
+    unlabelled: str = setting("drop", "Rows without a weak label: drop them, or pair each with itself (self).")
+    pair_constraint: str = setting(
+        "image", "A partner differs, where the label allows, in: none, image, well, plate or batch."
+    )
+    output_dir: str = setting("runs/paper", "Run folder.")
+    resume: bool = setting(
+        False, "Continue the run in --output_dir from its newest checkpoint; start it if there is none."
+    )
+    seed: int = setting(0, "Keys every random draw of the run.")
+
+    init: str = setting("facebook/dino-vits8", "Starting weights: random, a DINO .pth, or a model folder or Hub id.")
+    hidden_size: int = setting(384, "Width of a network that starts from random weights.")
+    num_hidden_layers: int = setting(12, "Depth of a network that starts from random weights.")
+    num_attention_heads: int = setting(6, "Heads of a network that starts from random weights.")
+    patch_size: int = setting(8, "Patch side in pixels of a network that starts from random weights.")
+    drop_path_rate: float = setting(0.1, "Stochastic depth of the student's last block; earlier ones less, linearly.")
+    gradient_checkpointing: bool = setting(False, "Trade a slower step for less memory.")
+
+    global_crops: int = setting(2, "Views of the anchor, seen by teacher and student.")
+    global_crop_size: int = setting(224, "Side of a global view in pixels.")
+    global_crop_area: list[float] = setting([0.1, 0.2], "Smallest and largest share of the field.")
+    local_crops: int = setting(8, "Views of the partner, seen by the student.")
+    local_crop_size: int = setting(96, "Side of a local view in pixels.")
+    local_crop_area: list[float] = setting([0.04, 0.08], "Smallest and largest share of the field.")
+    max_intensity: float | None = setting(
+        None, "Counts that become 1.0: 10000 for 16-bit and 255 for 8-bit planes if not given."
+    )
+    tile_size: int = setting(224, "Side of the four tiles that the saved model's processor cuts from a field.")
+
+    num_prototypes: int = setting(65536, "Outputs of the projection head.")
+    head_hidden_dim: int = setting(2048, "Width of the projection head's MLP.")
+    head_bottleneck_dim: int = setting(256, "Width of the projection head's bottleneck.")
+    freeze_last_layer_epochs: int = setting(1, "Epochs in which the prototypes do not move.")
+    student_temperature: float = setting(0.07, "Softmax temperature of the student.")
+    teacher_temperature: float = setting(0.04, "Softmax temperature of the teacher after its warm-up.")
+    warmup_teacher_temperature: float = setting(0.04, "Teacher temperature in the first epoch.")
+    warmup_teacher_temperature_epochs: int = setting(0, "Epochs over which the teacher temperature warms up.")
+    center_momentum: float = setting(0.8, "Memory of the moving centre of the teacher's outputs.")
+    teacher_momentum: float = setting(0.99, "EMA momentum of the teacher at the start; a cosine takes it to 1.")
+
+    epochs: int = setting(400, "Length of the schedules; an epoch draws as many pairs as there are images.")
+    stop_after_epoch: int | None = setting(
+        200, "Stop here, before the schedules end; the paper reports epoch 200 of 400."
+    )
+    max_steps: int | None = setting(None, "Stop after so many optimiser steps, for trials; schedules are unchanged.")
+    batch_size: int = setting(16, "Pairs a process and micro-batch.")
+    gradient_accumulation_steps: int = setting(1, "Micro-batches an optimiser step.")
+    learning_rate: float = setting(4e-6, "Peak, after the warm-up; not scaled by the batch.")
+    final_learning_rate: float = setting(3e-6, "At the end of the cosine.")
+    warmup_epochs: int = setting(10, "Linear warm-up from 0.")
+    weight_decay: float = setting(0.0, "AdamW's, at the start; never on biases and norms.")
+    final_weight_decay: float = setting(0.0, "At the end of its cosine.")
+    max_grad_norm: float = setting(0.0, "Clip the gradient's global norm; 0 is off.")
+    mixed_precision: str = setting("no", "no (float32), bf16 or fp16.")
+
+    save_every: int = setting(10, "Epochs between checkpoints; the last step always has one.")
+    keep: int = setting(2, "Checkpoints kept; older ones are deleted once a newer one is whole.")
+    log_every: int = setting(10, "Steps between lines of metrics.jsonl.")
+    num_workers: int = setting(0, "Loader processes a training process.")
+    trackers: list[str] = setting([], "Accelerate trackers beside metrics.jsonl, e.g. tensorboard wandb.")
+
+
+# Settings that may differ between a run and its resumption, since none changes what is learned. Of `batch_size` and
+# the accumulation only the product with the number of processes matters, and the loop checks that one.
+FREE_ON_RESUME = set(
+    "preset dataset channels output_dir resume gradient_checkpointing stop_after_epoch max_steps batch_size "
+    "gradient_accumulation_steps save_every keep log_every num_workers trackers".split()
+)
+
+
+def preset_arguments(preset: str) -> dict:
+    """The defaults that `preset` changes.
+
+    Raises:
+        TrainingError: an unknown preset.
+    """
+    if preset not in PRESETS:
+        raise TrainingError(f"--preset is {preset!r}: use one of {', '.join(PRESETS)}.")
+    return PRESETS[preset]
+
+
+def check_arguments(arguments: TrainingArguments, patch_size: int) -> None:
+    """Refuse settings that contradict each other or the network's patch size.
+
+    Raises:
+        TrainingError: naming the flag and the mend.
+    """
+    a = arguments
+    for name in ("global_crop_size", "local_crop_size", "tile_size"):
+        size = getattr(a, name)
+        if size < patch_size or size % patch_size:
+            raise TrainingError(
+                f"--{name} {size} is not a multiple of the patch size {patch_size}: choose one that is."
+            )
+    for name in ("global_crop_area", "local_crop_area"):
+        check_area(f"--{name}", getattr(a, name))
+    for name in (
+        "global_crops",
+        "epochs",
+        "batch_size",
+        "gradient_accumulation_steps",
+        "num_prototypes",
+        "save_every",
+        "keep",
+        "log_every",
+    ):
+        if getattr(a, name) < 1:
+            raise TrainingError(f"--{name} is {getattr(a, name)}: give 1 or more.")
+    for name in (
+        "local_crops",
+        "warmup_epochs",
+        "weight_decay",
+        "max_grad_norm",
+        "num_workers",
+        "seed",
+        "drop_path_rate",
+    ):
+        if getattr(a, name) < 0:
+            raise TrainingError(f"--{name} is {getattr(a, name)}: give 0 or more.")
+    if a.global_crops + a.local_crops < 2:
+        raise TrainingError("--global_crops and --local_crops make a single view: the loss compares at least two.")
+    for name in ("student_temperature", "teacher_temperature", "warmup_teacher_temperature", "learning_rate"):
+        if not getattr(a, name) > 0:
+            raise TrainingError(f"--{name} is {getattr(a, name)}: give a positive number.")
+    for name in ("center_momentum", "teacher_momentum"):
+        if not 0 <= getattr(a, name) <= 1:
+            raise TrainingError(f"--{name} is {getattr(a, name)}: give a number from 0 to 1.")
+    if a.max_intensity is not None and not a.max_intensity > 0:
+        raise TrainingError(f"--max_intensity is {a.max_intensity}: give a positive number of counts.")
+    if a.mixed_precision not in ("no", "bf16", "fp16"):
+        raise TrainingError(f"--mixed_precision is {a.mixed_precision!r}: use no, bf16 or fp16.")
+    if a.unlabelled not in ("drop", "self"):
+        raise TrainingError(f"--unlabelled is {a.unlabelled!r}: use drop or self.")
+    if a.pair_constraint not in CONSTRAINTS:
+        raise TrainingError(f"--pair_constraint is {a.pair_constraint!r}: use one of {', '.join(CONSTRAINTS)}.")
+    if not a.channels or len(set(a.channels)) != len(a.channels):
+        raise TrainingError(f"--channels is {' '.join(a.channels)!r}: name each image column once.")
+
+
+def changed_settings(old: dict, new: dict) -> list[str]:
+    """Names of the settings that differ between two runs and change what is learned."""
+    names = [f.name for f in fields(TrainingArguments) if f.name not in FREE_ON_RESUME]
+    return [name for name in names if name in old and old[name] != new[name]]

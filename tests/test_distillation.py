@@ -1,0 +1,177 @@
+"""Head, loss, centre, teacher and monitors against plain transcriptions of the published formulas."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pretraining_wsdino import (
+    DinoHead,
+    DinoLoss,
+    FeatureWindow,
+    MultiCropNetwork,
+    participation_ratio,
+    update_teacher,
+)
+
+
+def loss_by_pairs(student, teacher, center, batch, student_temperature, teacher_temperature):
+    """The published double loop: every (teacher view, student view) pair but equal views, averaged."""
+    total, pairs = 0.0, 0
+    for t, teacher_view in enumerate(teacher.split(batch)):
+        target = torch.softmax((teacher_view - center) / teacher_temperature, dim=1)
+        for s, student_view in enumerate(student.split(batch)):
+            if s == t:
+                continue
+            predicted = torch.log_softmax(student_view / student_temperature, dim=1)
+            total = total + torch.stack([-(q * p).sum() for q, p in zip(target, predicted, strict=True)]).mean()
+            pairs += 1
+    return total / pairs
+
+
+@pytest.mark.parametrize(("teacher_views", "student_views"), [(2, 10), (1, 3), (2, 2)])
+def test_loss_and_gradient_equal_the_double_loop(teacher_views, student_views):
+    torch.manual_seed(0)
+    batch, prototypes = 5, 37
+    student = torch.randn(student_views * batch, prototypes, requires_grad=True)
+    teacher = torch.randn(teacher_views * batch, prototypes)
+    loss = DinoLoss(prototypes, student_temperature=0.07)
+    loss.center.copy_(torch.randn(1, prototypes) * 0.1)
+    ours, monitors = loss(student, teacher, batch, 0.04)
+    (gradient,) = torch.autograd.grad(ours, student)
+    plain = loss_by_pairs(student, teacher, loss.center, batch, 0.07, 0.04)
+    (expected,) = torch.autograd.grad(plain, student)
+    assert float(ours.detach()) == pytest.approx(float(plain.detach()), rel=1e-6)
+    torch.testing.assert_close(gradient, expected, atol=1e-7, rtol=1e-5)
+
+    targets = torch.softmax((teacher - loss.center) / 0.04, dim=1).double()
+    entropy = -(targets * targets.clamp_min(1e-300).log()).sum(1).mean()
+    mean = targets.mean(0)
+    assert float(monitors["teacher_entropy"]) == pytest.approx(float(entropy), abs=1e-5)
+    assert float(monitors["mean_entropy"]) == pytest.approx(float(-(mean * mean.log()).sum()), abs=1e-5)
+    assert float(monitors["kl"]) == pytest.approx(float(plain.detach() - entropy), abs=1e-4)
+
+
+def test_monitors_tell_both_collapses():
+    prototypes, batch = 16, 4
+    one = torch.zeros(2 * batch, prototypes)
+    one[:, 3] = 100.0
+    uniform = torch.zeros(2 * batch, prototypes)
+    for teacher, entropy in ((one, 0.0), (uniform, math.log(prototypes))):
+        _, monitors = DinoLoss(prototypes)(torch.randn(4 * batch, prototypes), teacher, batch, 0.04)
+        assert float(monitors["teacher_entropy"]) == pytest.approx(entropy, abs=1e-5)
+        assert float(monitors["mean_entropy"]) == pytest.approx(entropy, abs=1e-5)
+
+
+def test_center_moves_once_a_step_over_all_micro_batches():
+    loss = DinoLoss(6, center_momentum=0.8)
+    first, second = torch.randn(4, 6), torch.randn(4, 6)
+    student = torch.randn(8, 6)
+    before, _ = loss(student, second, 2, 0.04)
+    loss(student, first, 2, 0.04)
+    again, _ = loss(student, second, 2, 0.04)
+    assert float(before) == float(again), "micro-batches of one step must see one centre"
+    loss._sums.pop()
+    loss.update_center()
+    torch.testing.assert_close(loss.center, 0.2 * torch.cat([first, second]).mean(0, keepdim=True))
+    loss(student, first, 2, 0.04)
+    old = loss.center.clone()
+    loss.update_center()
+    torch.testing.assert_close(loss.center, 0.8 * old + 0.2 * first.mean(0, keepdim=True))
+
+
+def test_loss_is_float32_under_half_precision_logits():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(8, 20).bfloat16(), torch.randn(4, 20).bfloat16()
+    ours, _ = DinoLoss(20)(student, teacher, 2, 0.04)
+    assert ours.dtype == torch.float32
+    assert float(ours) == pytest.approx(
+        float(loss_by_pairs(student.float(), teacher.float(), 0.0, 2, 0.07, 0.04)), 1e-6
+    )
+
+
+def test_head_equals_its_formula():
+    torch.manual_seed(0)
+    head = DinoHead(12, 50, hidden_dim=20, bottleneck_dim=8)
+    x = torch.randn(7, 12)
+    weights = dict(head.named_parameters())
+    hidden = x
+    for layer in (0, 2, 4):
+        hidden = hidden @ weights[f"mlp.{layer}.weight"].T + weights[f"mlp.{layer}.bias"]
+        if layer < 4:
+            hidden = 0.5 * hidden * (1 + torch.erf(hidden / math.sqrt(2)))
+    hidden = hidden / hidden.norm(dim=1, keepdim=True)
+    prototypes = weights["last_layer.parametrizations.weight.original1"]
+    length = weights["last_layer.parametrizations.weight.original0"]
+    assert (length == 1).all() and length.requires_grad
+    with torch.no_grad():
+        length += torch.rand_like(length)
+    expected = hidden @ (length * prototypes / prototypes.norm(dim=1, keepdim=True)).T
+    torch.testing.assert_close(head(x), expected, atol=1e-5, rtol=1e-5)
+    assert not DinoHead(12, 50, 20, 8, free_norm=False).last_layer.parametrizations.weight.original0.requires_grad
+
+
+class CountingBackbone(nn.Module):
+    """Mean and largest pixel of a view as its two features; counts its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.calls = nn.Parameter(torch.ones(())), 0
+
+    def forward(self, pixel_values, cls_only=False):
+        assert cls_only
+        self.calls += 1
+        features = torch.stack([pixel_values.mean((1, 2, 3)), pixel_values.amax((1, 2, 3))], dim=1) * self.scale
+        return type("Output", (), {"pooler_output": features})
+
+
+def test_network_keeps_the_order_of_views_and_runs_once_a_size():
+    network = MultiCropNetwork(CountingBackbone(), nn.Identity())
+    views = [torch.rand(4, 1, 16, 16), torch.rand(6, 1, 8, 8)]
+    logits, features = network(views)
+    expected = torch.stack([torch.stack([image.mean(), image.max()]) for view in views for image in view])
+    torch.testing.assert_close(features, expected)
+    assert logits is features and network.backbone.calls == 2
+
+
+def test_teacher_is_the_exponential_moving_average():
+    torch.manual_seed(0)
+    student = nn.Sequential(nn.Linear(5, 4), DinoHead(4, 9, 6, 3))
+    teacher = copy.deepcopy(student)
+    for parameter in student.parameters():
+        parameter.data.normal_()
+    expected = [
+        0.9 * t.detach() + 0.1 * s.detach() for t, s in zip(teacher.parameters(), student.parameters(), strict=True)
+    ]
+    update_teacher(student, teacher, 0.9)
+    for ours, wanted in zip(teacher.parameters(), expected, strict=True):
+        torch.testing.assert_close(ours.detach(), wanted, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(200, 8), (6, 40)])
+def test_participation_ratio_by_eigenvalues(shape):
+    features = torch.from_numpy(np.random.default_rng(0).normal(size=shape) * np.linspace(0.1, 3, shape[1]))
+    values = np.linalg.eigvalsh(np.cov(features.numpy().T))
+    assert participation_ratio(features) == pytest.approx(values.sum() ** 2 / (values**2).sum(), rel=1e-9)
+
+
+def test_participation_ratio_of_a_line_and_of_a_point():
+    line = torch.linspace(0, 1, 30)[:, None] * torch.tensor([[1.0, -2.0, 3.0]])
+    assert participation_ratio(line) == pytest.approx(1.0)
+    assert participation_ratio(torch.ones(10, 3)) == 0.0
+
+
+def test_feature_window_keeps_the_last_features_and_survives_a_save():
+    window = FeatureWindow(10, 3)
+    rows = torch.randn(37, 3)
+    for part in rows.split(4):
+        window.add(part)
+    restored = FeatureWindow(10, 3)
+    restored.load_state_dict(window.state_dict())
+    assert restored.participation_ratio() == pytest.approx(participation_ratio(rows[-10:]), rel=1e-5)
+    short = FeatureWindow(10, 3)
+    short.add(rows[:4])
+    assert short.participation_ratio() == pytest.approx(participation_ratio(rows[:4]), rel=1e-5)

@@ -1,0 +1,76 @@
+"""Crops against one-crop-at-a-time resizing by torch's own bicubic kernel, and boxes against their definition."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pretraining_wsdino import CropSpec, TrainingError, cut_window, draw_boxes, resize_windows
+from pretraining_wsdino.arguments import check_area
+
+
+def plane(height=120, width=150, dtype=np.uint16, seed=0):
+    high = np.iinfo(dtype).max
+    return np.random.default_rng(seed).integers(0, high, (height, width), endpoint=True, dtype=dtype)
+
+
+@pytest.mark.parametrize("size", [32, 64, 96])
+@pytest.mark.parametrize(("dtype", "clip"), [(np.uint16, 10_000.0), (np.uint8, 255.0)])
+def test_windows_resized_together_equal_single_crops(size, dtype, clip):
+    random = np.random.default_rng(1)
+    field = plane(dtype=dtype)
+    boxes = draw_boxes(random, CropSpec(12, size, (0.03, 0.5)), field.shape)
+    tallest, widest = boxes[:, 2].max(), boxes[:, 3].max()
+    windows = np.zeros((12, tallest, widest), dtype=dtype)
+    for window, box in zip(windows, boxes, strict=True):
+        cut_window(field, box, out=window)
+    ours = resize_windows(
+        torch.from_numpy(windows), torch.from_numpy(boxes[:, 2:4]), torch.from_numpy(boxes[:, 4:6] > 0), size, clip
+    )
+    assert ours.shape == (12, 1, size, size)
+    assert {tuple(flips) for flips in boxes[:, 4:6]} == {(0, 0), (0, 1), (1, 0), (1, 1)}, (
+        "the draw should test all flips"
+    )
+    for crop, (top, left, height, width, left_right, up_down) in zip(ours, boxes, strict=True):
+        cut = np.minimum(field[top : top + height, left : left + width].astype(np.float32), clip) / clip
+        cut = torch.from_numpy(cut)[None, None]
+        plain = F.interpolate(cut, (size, size), mode="bicubic", align_corners=False, antialias=False)[0]
+        if left_right:
+            plain = plain.flip(-1)
+        if up_down:
+            plain = plain.flip(-2)
+        torch.testing.assert_close(crop, plain, atol=5e-6, rtol=0)
+
+
+def test_rectangular_windows():
+    windows = torch.from_numpy(plane(40, 50)[None].copy())
+    ours = resize_windows(windows, torch.tensor([[33, 47]]), torch.zeros(1, 2, dtype=torch.bool), 24, 65535.0)
+    plain = F.interpolate(windows[:, None, :33, :47].float() / 65535, (24, 24), mode="bicubic", align_corners=False)
+    torch.testing.assert_close(ours, plain, atol=5e-6, rtol=0)
+
+
+def test_boxes_are_inside_square_and_of_the_drawn_area():
+    boxes = draw_boxes(np.random.default_rng(0), CropSpec(5000, 96, (0.04, 0.08)), (512, 640))
+    top, left, height, width = boxes[:, :4].T
+    assert (height == width).all()
+    assert (top >= 0).all() and (left >= 0).all()
+    assert (top + height <= 512).all() and (left + width <= 640).all()
+    share = height * width / (512 * 640)
+    assert share.min() >= 0.0395 and share.max() <= 0.0805
+    assert share.mean() == pytest.approx(0.06, abs=0.0005)
+    # Uniform places: the fraction of the free range has mean 1/2 and variance 1/12.
+    free = top / (512 - height)
+    assert free.mean() == pytest.approx(0.5, abs=0.02)
+    assert free.var() == pytest.approx(1 / 12, abs=0.005)
+    np.testing.assert_allclose(boxes[:, 4:].mean(0), [0.5, 0.5], atol=0.03)
+
+
+def test_a_box_never_exceeds_the_shorter_side():
+    boxes = draw_boxes(np.random.default_rng(0), CropSpec(50, 64, (0.9, 1.0)), (64, 400))
+    assert (boxes[:, 2:4] == 64).all() and (boxes[:, 0] == 0).all()
+
+
+@pytest.mark.parametrize("area", [(0.0, 0.1), (0.3, 0.2), (0.1, 1.5), (0.1,), (float("nan"), 0.5)])
+def test_an_impossible_area_is_refused_by_its_flag(area):
+    with pytest.raises(TrainingError, match="--local_crop_area"):
+        check_area("--local_crop_area", area)

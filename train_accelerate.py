@@ -1,0 +1,588 @@
+"""Train WS-DINO, one channel or all in turn, on one process or many: the only training loop.
+
+    accelerate launch train_accelerate.py                                        # the demo, on simulated images
+    accelerate launch train_accelerate.py --preset paper --dataset data/bbbc021  # the paper's recipe
+
+Everything a step draws (pairs, crop boxes, drop path) is keyed by the seed and the global step, and every schedule is
+a function of the step. A checkpoint is therefore the networks, the optimiser, the centre and one number, and a resumed
+run goes on exactly where it stopped.
+"""
+
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import set_seed
+from datasets import load_dataset
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from dataset_scripts import ScreenError, build_dataset, open_planes, simulate_screen
+from modeling_wsdino import WSDinoConfig, WSDinoImageProcessor, WSDinoModel
+from modeling_wsdino.build_repository import build_combined_repository, build_repository
+from pretraining_wsdino import (
+    CropSpec,
+    DinoHead,
+    DinoLoss,
+    FeatureWindow,
+    MultiCropNetwork,
+    PairBatchSampler,
+    PlanePairs,
+    TrainingArguments,
+    TrainingError,
+    WeakLabelPairCollator,
+    WeakLabelPairSampler,
+    changed_settings,
+    check_arguments,
+    cosine_schedule,
+    linear_schedule,
+    preset_arguments,
+    resize_windows,
+    update_teacher,
+)
+
+SIMULATED_DEMO = Path("data/simulated_demo")
+
+
+# ---------------------------------------------------------------------------------------------- what a run is given
+
+
+def parse_arguments(argv: list[str] | None) -> tuple[HfArgumentParser, TrainingArguments]:
+    """Flags over the preset's defaults over the paper's defaults."""
+    parser = HfArgumentParser(TrainingArguments, prog="train_accelerate.py", description=__doc__.split("\n")[0])
+    argv = sys.argv[1:] if argv is None else argv
+    preset = parser.parse_known_args([flag for flag in argv if flag not in ("-h", "--help")])[0].preset
+    try:
+        parser.set_defaults(**preset_arguments(preset))
+    except TrainingError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    (arguments,) = parser.parse_args_into_dataclasses(argv)
+    return parser, arguments
+
+
+def check_launch(arguments: TrainingArguments) -> None:
+    """Refuse a launch that would silently run fewer processes than asked, or in a precision the machine lacks.
+
+    `accelerate launch --cpu --num_processes 2` starts one process, but leaves the address of a group in its
+    environment without the group's size; that is how it is told.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if launched and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise TrainingError(
+            "accelerate launched one process where several were asked for (its --cpu flag does so): use "
+            "'ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N --num_machines 1 "
+            "--mixed_precision no --dynamo_backend no train_accelerate.py ...'."
+        )
+    native = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
+    if arguments.mixed_precision == "bf16" and not native:
+        raise TrainingError(
+            "--mixed_precision bf16 is about six times slower than float32 on this CPU: leave it at no."
+        )
+    if arguments.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise TrainingError("--mixed_precision fp16 needs a GPU: leave it at no.")
+
+
+def load_screen(arguments: TrainingArguments, accelerator: Accelerator):
+    """The dataset to train on; without `--dataset`, a small simulated screen, made once under `data/`."""
+    path = arguments.dataset
+    if path is None:
+        path = str(SIMULATED_DEMO)
+        with accelerator.main_process_first():
+            if not (SIMULATED_DEMO / "README.md").exists():
+                raw = SIMULATED_DEMO.with_name(SIMULATED_DEMO.name + "_raw")
+                simulate_screen(raw, size="demo", seed=0)
+                build_dataset(raw, SIMULATED_DEMO)
+    elif not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
+        raise TrainingError(
+            f"--dataset {path}: there is no such folder; build it with wsdino-prepare or give a Hub id."
+        )
+    with accelerator.main_process_first():
+        try:
+            dataset = load_dataset(path, arguments.part, split="train")
+        except (ValueError, OSError) as error:
+            raise TrainingError(f"--dataset {path} --part {arguments.part} cannot be loaded: {error}") from error
+    if len(dataset) == 0:
+        raise TrainingError(f"--dataset {path} --part {arguments.part} is empty: choose another part.")
+    missing = [channel for channel in arguments.channels if channel not in dataset.column_names]
+    if missing:
+        raise TrainingError(
+            f"--channels {missing[0]}: the dataset has no such column; it has {', '.join(dataset.column_names)}."
+        )
+    if arguments.weak_label != "none" and arguments.weak_label not in dataset.column_names:
+        raise TrainingError(
+            f"--weak_label {arguments.weak_label}: the dataset has no such column; it has "
+            f"{', '.join(dataset.column_names)}."
+        )
+    return dataset, path
+
+
+def describe_run(arguments: TrainingArguments, dataset, path: str, accelerator: Accelerator) -> dict:
+    """What settings.json says: arguments, versions, git state, dataset."""
+
+    def git(*command: str) -> str | None:
+        done = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    packages = ("torch", "transformers", "datasets", "accelerate", "numpy")
+    sources = sorted(set(dataset["source"])) if "source" in dataset.column_names else []
+    return {
+        "settings": asdict(arguments),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "git": {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))},
+        "dataset": {
+            "path": path,
+            "part": arguments.part,
+            "fields": len(dataset),
+            "source": sources,
+            "fingerprint": dataset._fingerprint,
+        },
+        "processes": accelerator.num_processes,
+        "device": str(accelerator.device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def open_run(arguments: TrainingArguments, description: dict) -> None:
+    """Make the run folder, or check that it holds this very run.
+
+    Raises:
+        TrainingError: the folder holds something else, or this run with other settings.
+    """
+    run = Path(arguments.output_dir)
+    settings = run / "settings.json"
+    if settings.exists():
+        if not arguments.resume:
+            raise TrainingError(f"{run} already holds a run: give --resume to continue it, or another --output_dir.")
+        changed = changed_settings(json.loads(settings.read_text())["settings"], description["settings"])
+        if changed:
+            flags = ", ".join(f"--{name}" for name in changed)
+            raise TrainingError(f"{run} holds a run with other settings ({flags}): give another --output_dir.")
+    elif run.exists() and any(run.iterdir()):
+        raise TrainingError(f"{run} is not empty and holds no run: give another --output_dir.")
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(settings, description)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Written beside and renamed, so that a reader never sees half of it."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    partial.replace(path)
+
+
+# ---------------------------------------------------------------------------------------------- networks
+
+
+def initial_backbone(arguments: TrainingArguments, channel: str, drop_path_rate: float = 0.0) -> WSDinoModel:
+    """The network that a run starts from: random, an original DINO `.pth`, or a transformers folder or Hub id."""
+    own = {"channel_names": [channel], "drop_path_rate": drop_path_rate}
+    if arguments.init == "random":
+        config = WSDinoConfig(
+            hidden_size=arguments.hidden_size,
+            num_hidden_layers=arguments.num_hidden_layers,
+            num_attention_heads=arguments.num_attention_heads,
+            patch_size=arguments.patch_size,
+            image_size=arguments.global_crop_size,
+            **own,
+        )
+        torch.manual_seed(arguments.seed)
+        return WSDinoModel(config)
+    try:
+        if Path(arguments.init).is_file():
+            return WSDinoModel.from_dino_checkpoint(arguments.init, **own)
+        return WSDinoModel.from_pretrained(arguments.init, **own)
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"--init {arguments.init} cannot be loaded: {error}") from error
+
+
+def parameter_groups(network: torch.nn.Module) -> list[dict]:
+    """AdamW's groups as in DINO: weight decay on matrices, none on biases, norms and other vectors."""
+    decayed = [p for p in network.parameters() if p.requires_grad and p.ndim > 1]
+    plain = [p for p in network.parameters() if p.requires_grad and p.ndim <= 1]
+    return [{"params": decayed, "decayed": True}, {"params": plain, "decayed": False, "weight_decay": 0.0}]
+
+
+# ---------------------------------------------------------------------------------------------- one channel
+
+
+class Interruption:
+    """Turns Ctrl-C and a cluster's SIGTERM into a flag that the loop reads between steps, so that no step is torn."""
+
+    def __init__(self):
+        self.signal: int | None = None
+
+    def __enter__(self):
+        self._old = {kind: signal.signal(kind, self._note) for kind in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, kind, frame):
+        self.signal = kind
+
+    def __exit__(self, *_):
+        for kind, handler in self._old.items():
+            signal.signal(kind, handler)
+
+
+class ChannelRun:
+    """Student, teacher, data and checkpoints of one channel; `train` takes them to the end or to an interruption."""
+
+    def __init__(self, arguments: TrainingArguments, channel: str, dataset, run: Path):
+        self.arguments, self.channel, self.folder = arguments, channel, run / channel
+        self.accelerator = Accelerator(
+            mixed_precision=arguments.mixed_precision,
+            log_with=arguments.trackers or None,
+            project_dir=str(self.folder),
+            # Every parameter takes part in every backward pass, so the search for unused ones is left out.
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=False)],
+        )
+        self._prepare_data(dataset)
+        self._prepare_networks()
+        if arguments.trackers:
+            plain = {k: v for k, v in asdict(arguments).items() if isinstance(v, int | float | str | bool)}
+            self.accelerator.init_trackers("wsdino", config=plain)
+
+    def _prepare_data(self, dataset) -> None:
+        a, columns = self.arguments, dataset.column_names
+        with self.accelerator.main_process_first():
+            self.planes = open_planes(dataset, self.channel)
+        self.max_intensity = a.max_intensity or (255.0 if self.planes.dtype == np.uint8 else 10_000.0)
+        groups = {name: dataset[name] for name in ("plate", "batch") if name in columns}
+        if {"plate", "well"} <= set(columns):
+            groups["well"] = [f"{plate}/{well}" for plate, well in zip(dataset["plate"], dataset["well"], strict=True)]
+        self.pairs = WeakLabelPairSampler(
+            None if a.weak_label == "none" else dataset[a.weak_label],
+            num_images=len(dataset),
+            groups=groups,
+            constraint=a.pair_constraint,
+            unlabelled=a.unlabelled,
+            seed=a.seed,
+        )
+        self.global_batch = a.batch_size * a.gradient_accumulation_steps * self.accelerator.num_processes
+        self.steps_per_epoch = max(len(self.pairs.rows) // self.global_batch, 1)
+        self.total_steps = a.epochs * self.steps_per_epoch
+        self.last_step = self.total_steps
+        if a.stop_after_epoch is not None:
+            self.last_step = min(self.last_step, a.stop_after_epoch * self.steps_per_epoch)
+        if a.max_steps is not None:
+            self.last_step = min(self.last_step, a.max_steps)
+        self.collator = WeakLabelPairCollator(
+            CropSpec(a.global_crops, a.global_crop_size, tuple(a.global_crop_area)),
+            CropSpec(a.local_crops, a.local_crop_size, tuple(a.local_crop_area)),
+            seed=a.seed,
+        )
+
+    def _prepare_networks(self) -> None:
+        a = self.arguments
+        student, teacher = self._network(a.drop_path_rate), self._network(0.0)
+        if a.gradient_checkpointing:
+            student.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        teacher.requires_grad_(False).eval()
+        dim = student.backbone.config.hidden_size
+        optimizer = torch.optim.AdamW(parameter_groups(student), lr=a.learning_rate, fused=True)
+        self.student, self.optimizer = self.accelerator.prepare(student.train(), optimizer)
+        self.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
+        self.loss = DinoLoss(a.num_prototypes, a.student_temperature, a.center_momentum).to(self.accelerator.device)
+        self.features = FeatureWindow(1024, dim).to(self.accelerator.device)
+        self.accelerator.register_for_checkpointing(self.loss, self.features)
+
+    def _network(self, drop_path_rate: float) -> MultiCropNetwork:
+        """Backbone and head; two calls give equal weights, and so do the calls of different processes."""
+        a = self.arguments
+        backbone = initial_backbone(a, self.channel, drop_path_rate)
+        check_arguments(a, backbone.config.patch_size)
+        torch.manual_seed(a.seed + 1)
+        head = DinoHead(
+            backbone.config.hidden_size,
+            a.num_prototypes,
+            hidden_dim=a.head_hidden_dim,
+            bottleneck_dim=a.head_bottleneck_dim,
+        )
+        return MultiCropNetwork(backbone, head)
+
+    # ------------------------------------------------------------------------------------------ checkpoints
+
+    def checkpoints(self) -> list[Path]:
+        """Whole checkpoints, newest first."""
+        return sorted((self.folder / "checkpoints").glob("step_" + "[0-9]" * 8), reverse=True)
+
+    def save(self, step: int) -> None:
+        """A checkpoint written beside and renamed; older ones are pruned after it is whole."""
+        target = self.folder / "checkpoints" / f"step_{step:08d}"
+        partial = target.with_name(target.name + ".partial")
+        if self.accelerator.is_main_process and partial.exists():
+            shutil.rmtree(partial)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(partial))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            write_json(partial / "progress.json", {"step": step, "global_batch": self.global_batch})
+            if target.exists():
+                shutil.rmtree(target)
+            partial.replace(target)
+            for old in self.checkpoints()[self.arguments.keep :]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def restore(self) -> int:
+        """Load the newest checkpoint that is whole; returns the step to go on with, 0 where there is none."""
+        for folder in self.checkpoints():
+            try:
+                progress = json.loads((folder / "progress.json").read_text())
+                self.accelerator.load_state(str(folder))
+            except Exception as error:  # whatever a damaged file raises, the next older checkpoint is the mend
+                self.accelerator.print(f"{folder} is damaged and skipped ({type(error).__name__}: {error}).")
+                continue
+            if progress["global_batch"] != self.global_batch:
+                raise TrainingError(
+                    f"{folder} was trained with {progress['global_batch']} pairs a step and this launch makes "
+                    f"{self.global_batch} (processes x --batch_size x --gradient_accumulation_steps): make them equal."
+                )
+            return progress["step"]
+        return 0
+
+    # ------------------------------------------------------------------------------------------ the loop
+
+    def train(self) -> bool:
+        """Train to the last step, save the teacher's backbone as a model repository. False when interrupted."""
+        a, accelerator = self.arguments, self.accelerator
+        first_step = self.restore() if a.resume else 0
+        model_folder = self.folder / "model"
+        if first_step >= self.last_step and model_folder.exists():
+            accelerator.print(f"{self.channel}: already trained to step {first_step}.")
+            return True
+        self._open_log(first_step)
+        batches = PairBatchSampler(
+            self.pairs,
+            batch_size=a.batch_size,
+            total_steps=self.last_step,
+            first_step=first_step,
+            accumulation=a.gradient_accumulation_steps,
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+        )
+        loader = iter(
+            DataLoader(
+                PlanePairs(self.planes),
+                batch_sampler=batches,
+                collate_fn=self.collator,
+                num_workers=a.num_workers,
+                pin_memory=accelerator.device.type == "cuda",
+                generator=torch.Generator().manual_seed(a.seed),  # leaves the global generator untouched
+            )
+        )
+        bar = tqdm(
+            total=self.last_step,
+            initial=first_step,
+            desc=f"train {self.channel}",
+            unit="step",
+            disable=not accelerator.is_local_main_process,
+        )
+        with Interruption() as interruption, bar:
+            window, since = [], time.perf_counter()
+            for step in range(first_step, self.last_step):
+                monitors = self._step(step, [next(loader) for _ in range(a.gradient_accumulation_steps)])
+                stopped = self._agree(step, monitors["loss"], interruption)
+                window.append(monitors)
+                bar.update()
+                at_end = step + 1 == self.last_step
+                if (step + 1) % a.log_every == 0 or at_end or stopped:
+                    line = self._log(step, window, time.perf_counter() - since)
+                    bar.set_postfix(loss=f"{line['loss']:.3f}", images_s=f"{line['images_per_second']:.1f}")
+                    window, since = [], time.perf_counter()
+                epochs_done, rest = divmod(step + 1, self.steps_per_epoch)
+                if stopped or at_end or (rest == 0 and epochs_done % a.save_every == 0):
+                    self.save(step + 1)
+                if stopped and not at_end:
+                    accelerator.print(f"\n{self.channel}: stopped after step {step + 1}; --resume goes on from there.")
+                    return False
+        self._save_model(model_folder)
+        accelerator.end_training()
+        return True
+
+    def _step(self, step: int, micro_batches: list[dict]) -> dict[str, torch.Tensor]:
+        """One optimiser step: schedules, micro-batches, centre, AdamW, teacher. Returns monitors on the device."""
+        a, accelerator = self.arguments, self.accelerator
+        epoch = step // self.steps_per_epoch
+        warmup = a.warmup_epochs * self.steps_per_epoch
+        learning_rate = cosine_schedule(
+            step,
+            start=a.learning_rate,
+            end=a.final_learning_rate,
+            total_steps=self.total_steps,
+            warmup_steps=min(warmup, self.total_steps),
+        )
+        weight_decay = cosine_schedule(
+            step, start=a.weight_decay, end=a.final_weight_decay, total_steps=self.total_steps
+        )
+        momentum = cosine_schedule(step, start=a.teacher_momentum, end=1.0, total_steps=self.total_steps)
+        temperature = linear_schedule(
+            epoch,
+            start=a.warmup_teacher_temperature,
+            end=a.teacher_temperature,
+            warmup_epochs=a.warmup_teacher_temperature_epochs,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+            group["weight_decay"] = weight_decay if group["decayed"] else 0.0
+
+        set_seed(drop_path_seed(a.seed, step, accelerator.process_index))
+        collected = []
+        for number, batch in enumerate(micro_batches):
+            views = [self._views(batch["global"], a.global_crop_size)]
+            if a.local_crops:
+                views.append(self._views(batch["local"], a.local_crop_size))
+            with torch.no_grad():
+                teacher_logits, teacher_features = self.teacher(views[:1])
+            self.features.add(teacher_features)
+            last = number + 1 == len(micro_batches)
+            with nullcontext() if last else accelerator.no_sync(self.student):
+                student_logits, _ = self.student(views)
+                loss, monitors = self.loss(student_logits, teacher_logits, a.batch_size, temperature)
+                accelerator.backward(loss / len(micro_batches))
+            collected.append({"loss": loss.detach(), **monitors})
+        student = accelerator.unwrap_model(self.student)
+        if epoch < a.freeze_last_layer_epochs:
+            for parameter in student.head.last_layer.parameters():
+                parameter.grad = None
+        if a.max_grad_norm > 0:
+            accelerator.clip_grad_norm_(self.student.parameters(), a.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.loss.update_center()
+        update_teacher(student, accelerator.unwrap_model(self.teacher), momentum)
+        means = {name: torch.stack([one[name] for one in collected]).mean() for name in collected[0]}
+        self._schedule = {
+            "epoch": (step + 1) / self.steps_per_epoch,
+            "lr": learning_rate,
+            "weight_decay": weight_decay,
+            "teacher_momentum": momentum,
+            "teacher_temperature": temperature,
+        }
+        return means
+
+    def _views(self, part: dict[str, torch.Tensor], size: int) -> torch.Tensor:
+        device = self.accelerator.device
+        windows, sizes, flips = (part[name].to(device, non_blocking=True) for name in ("windows", "sizes", "flips"))
+        return resize_windows(windows, sizes, flips, size, self.max_intensity)
+
+    def _agree(self, step: int, loss: torch.Tensor, interruption: Interruption) -> bool:
+        """Whether any process was asked to stop; all learn it at the same step, and of a bad loss as well."""
+        asked = torch.tensor(float(interruption.signal is not None), device=loss.device)
+        both = self.accelerator.reduce(torch.stack([loss.float(), asked]), reduction="sum")
+        total, stopped = both.tolist()
+        if not np.isfinite(total):
+            anchors, partners, _ = self.pairs.draw(step, self.global_batch)
+            kept = self.checkpoints()
+            raise TrainingError(
+                f"{self.channel}: the loss of step {step + 1} is not finite; its images are rows "
+                f"{sorted({*anchors.tolist(), *partners.tolist()})}; the last good checkpoint is "
+                f"{kept[0] if kept else 'none'}. Lower --learning_rate, set --max_grad_norm 1, or check the images."
+            )
+        return stopped > 0
+
+    # ------------------------------------------------------------------------------------------ what is written
+
+    def _open_log(self, first_step: int) -> None:
+        """Keep the lines of steps before `first_step`: those after it will be written again."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.log_path = self.folder / "metrics.jsonl"
+        if not self.accelerator.is_main_process:
+            return
+        lines = self.log_path.read_text().splitlines() if self.log_path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first_step]
+        partial = self.log_path.with_name("metrics.jsonl.partial")
+        partial.write_text("".join(line + "\n" for line in kept))
+        partial.replace(self.log_path)
+
+    def _log(self, step: int, window: list[dict[str, torch.Tensor]], seconds: float) -> dict:
+        """One line of metrics.jsonl: means over the steps since the last line and over the processes."""
+        names = list(window[0])
+        means = torch.stack([torch.stack([one[name].float() for name in names]) for one in window]).mean(0)
+        means = self.accelerator.reduce(means, reduction="mean").tolist()
+        fallbacks: dict[str, int] = {}
+        for past in range(step + 1 - len(window), step + 1):
+            for level, count in self.pairs.draw(past, self.global_batch)[2].items():
+                fallbacks[level] = fallbacks.get(level, 0) + count
+        line = {
+            "step": step + 1,
+            **self._schedule,
+            **dict(zip(names, means, strict=True)),
+            "participation_ratio": self.features.participation_ratio(),
+            "images_per_second": len(window) * self.global_batch / seconds,
+            "partner_fallbacks": fallbacks,
+        }
+        if self.accelerator.is_main_process:
+            with self.log_path.open("a") as log:
+                log.write(json.dumps(line) + "\n")
+        if self.arguments.trackers:
+            self.accelerator.log({k: v for k, v in line.items() if isinstance(v, int | float)}, step=step + 1)
+        return line
+
+    def _save_model(self, folder: Path) -> None:
+        if self.accelerator.is_main_process:
+            backbone = self.accelerator.unwrap_model(self.teacher).backbone
+            processor = WSDinoImageProcessor(tile_size=self.arguments.tile_size, max_intensity=self.max_intensity)
+            build_repository(folder, backbone, processor)
+        self.accelerator.wait_for_everyone()
+
+
+def drop_path_seed(seed: int, step: int, process: int) -> int:
+    """Seed of everything that torch draws in one step of one process."""
+    return int(np.random.SeedSequence([seed, step, process]).generate_state(1)[0])
+
+
+# ---------------------------------------------------------------------------------------------- the run
+
+
+def train(arguments: TrainingArguments) -> bool:
+    """Train every channel in turn, then join the towers into one model. False when interrupted.
+
+    Raises:
+        TrainingError, ScreenError: settings or data that cannot be used.
+    """
+    check_launch(arguments)
+    if arguments.init == "random":
+        check_arguments(arguments, arguments.patch_size)
+    accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
+    expected = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != expected:
+        raise TrainingError(f"{expected} processes were launched but {accelerator.num_processes} work together.")
+    dataset, path = load_screen(arguments, accelerator)
+    if accelerator.is_main_process:
+        open_run(arguments, describe_run(arguments, dataset, path, accelerator))
+    accelerator.wait_for_everyone()
+    run = Path(arguments.output_dir)
+    for channel in arguments.channels:
+        if not ChannelRun(arguments, channel, dataset, run).train():
+            return False
+    if accelerator.is_main_process and len(arguments.channels) > 1:
+        build_combined_repository(run / "model", {name: run / name / "model" for name in arguments.channels})
+    accelerator.print(f"Trained {', '.join(arguments.channels)} into {run}.")
+    return True
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser, arguments = parse_arguments(argv)
+    try:
+        finished = train(arguments)
+    except (TrainingError, ScreenError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    if not finished:
+        parser.exit(130)
+
+
+if __name__ == "__main__":
+    main()
