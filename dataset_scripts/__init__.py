@@ -1,0 +1,29 @@
+"""The data room: from a screen's raw images and tables to a Hugging Face dataset, and a simulator of such a screen.
+
+Names are imported on first use, so that the worker processes of the simulator and of the builder start in a few
+tenths of a second instead of waiting for `datasets`.
+"""
+
+import importlib
+
+_HOME = {
+    "BBBC021": "bbbc021",
+    "PlaneCache": "planes",
+    "Phenotype": "draw_cells",
+    "SCREEN_SIZES": "simulate",
+    "ScreenColumns": "screen",
+    "ScreenDesign": "simulate",
+    "ScreenError": "screen",
+    "build_dataset": "prepare",
+    "open_planes": "planes",
+    "read_screen": "screen",
+    "simulate_screen": "simulate",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name):
+    if name in _HOME:
+        return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,167 @@
+"""Illumination correction and halving of raw planes, as CellProfiler 4.0.7 does them in the paper's pipeline.
+
+Per plate and channel: the mean of all images (`CorrectIlluminationCalculate`, "All"), a median filter of size 320
+(a disk of radius int(320 / 2.35 + 0.5) = 136 on the mean as uint16), a robust rescale (everything below the 2nd
+percentile is raised to it, then divided by it, so that the smallest value is 1), then every image divided by the
+function and clipped to full scale (`CorrectIlluminationApply`, "Divide"), and resized by one half with
+`skimage.transform.resize` order 3 (`Resize`, "Bicubic").
+
+Two things make it fast and change nothing:
+
+- the median of a disk is the same whatever the grey levels are called, so the mean is recoded to the ranks of its
+  distinct values before scikit-image's sliding histogram runs (65,536 bins become about two thousand);
+- resizing is linear and separable, so it is two banded matrices, made once by resizing the identity with scipy's own
+  Gaussian and spline, and applied in blocks by matrix multiplication.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import lru_cache
+
+import numpy as np
+from scipy import ndimage
+from skimage.filters import rank
+from skimage.morphology import disk
+
+FULL_SCALE = 65535.0
+
+
+def median_radius(filter_size: float) -> int:
+    """Radius of CellProfiler's median disk for an "approximate object size" (320 in the paper: 136)."""
+    return max(1, int(filter_size / 2.35 + 0.5))
+
+
+def scaled_filter_size(image_size: tuple[int, int], filter_size: float = 320.0) -> float:
+    """The paper's filter size for 1024 x 1280 images, shrunk in proportion for smaller ones."""
+    return filter_size * min(1.0, image_size[0] / 1024, image_size[1] / 1280)
+
+
+def median_disk(image: np.ndarray, radius: int, border: str = "edge") -> np.ndarray:
+    """Median of every pixel's disk, exactly.
+
+    Parameters
+    ----------
+    image : numpy.ndarray
+        `(rows, columns)` uint16.
+    radius : int
+        Of the disk, pixels.
+    border : str
+        "edge": the image continues with its nearest pixel (CellProfiler 4.0 and 4.1). "inside": only the disk's
+        pixels inside the image count (CellProfiler 4.2 and later).
+
+    Returns
+    -------
+    numpy.ndarray
+        uint16, of the same shape.
+    """
+    values, ranks = np.unique(image, return_inverse=True)
+    ranks = ranks.reshape(image.shape).astype(np.uint16 if len(values) > 256 else np.uint8)
+    if border == "edge":
+        ranks = np.pad(ranks, radius, mode="edge")
+    elif border != "inside":
+        raise ValueError(f"border {border!r} is unknown: choose 'edge' or 'inside'")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Bad rank filter performance")
+        median = rank.median(ranks, disk(radius))
+    if border == "edge":
+        median = median[radius:-radius, radius:-radius]
+    return values[median]
+
+
+def illumination_function(mean: np.ndarray, filter_size: float | None = None, border: str = "edge") -> np.ndarray:
+    """The illumination function of one plate and channel.
+
+    Parameters
+    ----------
+    mean : numpy.ndarray
+        `(rows, columns)` mean of all the plate's images, grey levels of 0 to 65535.
+    filter_size : float, optional
+        Default: 320 for 1024 x 1280, in proportion for smaller images.
+    border : str
+        See :func:`median_disk`.
+
+    Returns
+    -------
+    numpy.ndarray
+        `(rows, columns)` float32, minimum 1.
+    """
+    if filter_size is None:
+        filter_size = scaled_filter_size(mean.shape)
+    smooth = median_disk(np.clip(mean, 0, FULL_SCALE).astype(np.uint16), median_radius(filter_size), border)
+    smooth = smooth.astype(np.float64)
+    positive = np.sort(smooth[smooth > 0])
+    if not len(positive):
+        return np.ones(mean.shape, np.float32)
+    robust_minimum = positive[int(len(positive) * 0.02)]
+    return (np.maximum(smooth, robust_minimum) / robust_minimum).astype(np.float32)
+
+
+@lru_cache(maxsize=16)
+def _resize_blocks(size: int, new_size: int, block: int = 32) -> list[tuple[slice, slice, np.ndarray]]:
+    """The matrix of a 1-D cubic resize with anti-aliasing, as (output rows, input columns, weights) blocks."""
+    # As skimage.transform.resize(order=3, mode="symmetric"): Gaussian of (factor - 1) / 2, then a cubic spline.
+    identity = np.eye(size)
+    sigma = max(0.0, (size / new_size - 1) / 2)
+    smooth = ndimage.gaussian_filter1d(identity, sigma, axis=0, mode="reflect") if sigma else identity
+    weights = ndimage.zoom(smooth, (new_size / size, 1), order=3, mode="reflect", grid_mode=True)
+    blocks = []
+    for start in range(0, new_size, block):
+        part = weights[start : start + block]
+        used = np.flatnonzero(np.abs(part).max(axis=0) > 1e-8)
+        columns = slice(int(used[0]), int(used[-1]) + 1)
+        blocks.append((slice(start, start + len(part)), columns, np.ascontiguousarray(part[:, columns], np.float32)))
+    return blocks
+
+
+def resize_plane(plane: np.ndarray, new_size: tuple[int, int]) -> np.ndarray:
+    """`skimage.transform.resize(plane, new_size, order=3, mode="symmetric")`, to float32 precision.
+
+    Parameters
+    ----------
+    plane : numpy.ndarray
+        `(rows, columns)` float32.
+    new_size : (rows, columns)
+
+    Returns
+    -------
+    numpy.ndarray
+        float32 `new_size`, within the range of `plane`.
+    """
+    rows = np.empty((new_size[0], plane.shape[1]), np.float32)
+    for out, used, weights in _resize_blocks(plane.shape[0], new_size[0]):
+        np.matmul(weights, plane[used], out=rows[out])
+    result = np.empty(new_size, np.float32)
+    for out, used, weights in _resize_blocks(plane.shape[1], new_size[1]):
+        result[:, out] = rows[:, used] @ weights.T
+    return np.clip(result, plane.min(), plane.max(), out=result)
+
+
+def correct_plane(plane: np.ndarray, function: np.ndarray | None, resize: float = 0.5) -> np.ndarray:
+    """Divide a raw plane by the illumination function, clip to full scale, resize, and return 16 bits again.
+
+    Parameters
+    ----------
+    plane : numpy.ndarray
+        `(rows, columns)` uint16.
+    function : numpy.ndarray or None
+        `(rows, columns)` from :func:`illumination_function`; None divides by nothing.
+    resize : float
+        Factor of both sides.
+
+    Returns
+    -------
+    numpy.ndarray
+        uint16, `(round(rows * resize), round(columns * resize))`.
+    """
+    if function is None:
+        if resize == 1:
+            return plane
+        corrected = plane.astype(np.float32)
+    else:
+        corrected = np.divide(plane, function, dtype=np.float32)
+        np.clip(corrected, 0, FULL_SCALE, out=corrected)
+    if resize != 1:
+        new_size = (max(1, round(plane.shape[0] * resize)), max(1, round(plane.shape[1] * resize)))
+        corrected = resize_plane(corrected, new_size)
+    return np.rint(corrected, out=corrected).astype(np.uint16)

@@ -1,0 +1,231 @@
+"""Reads the tables of a screen (one row a field, and the mechanisms of action) into one tidy table of fields.
+
+The default column mapping is that of the official `BBBC021_v1_image.csv` and `BBBC021_v1_moa.csv`; another screen
+brings its own :class:`ScreenColumns`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+PARTS = ("annotated", "dmso", "unannotated")
+
+
+class ScreenError(ValueError):
+    """A screen's tables, images or folders are not what they must be; the message names what and says the mend."""
+
+
+@dataclass(frozen=True)
+class ScreenColumns:
+    """Which columns of an image-level CSV hold what.
+
+    Attributes
+    ----------
+    channels : dict
+        Channel name -> (column of the file name, column of the folder or None). The order is kept; 1 to N channels.
+    plate, well, compound, concentration : str
+        Column names.
+    site, replicate : str or None
+        Column names. Without a site column the site is read from the first channel's file name by `site_pattern`;
+        without a replicate column the replicate is 1.
+    moa : str or None
+        Column of the mechanism in the image table itself, for a screen without a separate MOA table.
+    batch : str or None
+        Column of the batch; without one, the first group of `batch_pattern` in the plate's name.
+    table, image : str or None
+        Columns that trace a row back to the source's own numbering.
+    control : str
+        Name of the negative control in the compound column; such rows become "DMSO" at concentration 0.
+    moa_table : (str, str, str)
+        Columns of compound, concentration and mechanism in the MOA table.
+    """
+
+    channels: dict[str, tuple[str, str | None]] = field(
+        default_factory=lambda: {
+            "dna": ("Image_FileName_DAPI", "Image_PathName_DAPI"),
+            "tubulin": ("Image_FileName_Tubulin", "Image_PathName_Tubulin"),
+            "actin": ("Image_FileName_Actin", "Image_PathName_Actin"),
+        }
+    )
+    plate: str = "Image_Metadata_Plate_DAPI"
+    well: str = "Image_Metadata_Well_DAPI"
+    compound: str = "Image_Metadata_Compound"
+    concentration: str = "Image_Metadata_Concentration"
+    site: str | None = None
+    site_pattern: str = r"_s(\d+)"
+    replicate: str | None = "Replicate"
+    moa: str | None = None
+    batch: str | None = None
+    batch_pattern: str = r"^([^_]+)"
+    table: str | None = "TableNumber"
+    image: str | None = "ImageNumber"
+    control: str = "DMSO"
+    moa_table: tuple[str, str, str] = ("compound", "concentration", "moa")
+
+
+def treatment_name(compound: str, concentration: float) -> str:
+    """`compound_concentration` with the shortest decimal number, or "DMSO"."""
+    return "DMSO" if compound == "DMSO" else f"{compound}_{concentration:g}"
+
+
+def read_screen(image_csv, moa_csv=None, columns: ScreenColumns | None = None) -> pd.DataFrame:
+    """Read and check the tables of a screen.
+
+    Parameters
+    ----------
+    image_csv, moa_csv : path
+        Plain or gzipped CSV. `moa_csv` may be None where the image table has a MOA column, or nothing is annotated.
+    columns : ScreenColumns, optional
+        Default: the official BBBC021 names.
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row a field, in the order of the table: `row` (line number in the CSV, the header being line 1), `plate,
+        well, site, replicate, batch, compound, concentration, treatment, moa, part, table_number, image_number` and
+        `<channel>_file` (folder/name, with forward slashes) a channel. `part` is "dmso" for the control, "annotated"
+        where a mechanism is known, else "unannotated" (moa "").
+
+    Raises
+    ------
+    ScreenError
+        Missing file or column, a value that cannot be read, two rows naming the same file, or an annotated treatment
+        that no image shows.
+    """
+    columns = columns or ScreenColumns()
+    image_csv = Path(image_csv)
+    raw = _read_csv(image_csv, "image table")
+    wanted = [columns.plate, columns.well, columns.compound, columns.concentration]
+    wanted += [c for c in (columns.site, columns.replicate, columns.moa, columns.batch) if c]
+    wanted += [c for pair in columns.channels.values() for c in pair if c]
+    _require(raw, wanted, image_csv)
+    if raw.empty:
+        raise ScreenError(f"{image_csv} has a header but no rows: give the table of a screen with images")
+
+    fields = pd.DataFrame({"row": np.arange(len(raw)) + 2})
+    for name in ("plate", "well"):
+        fields[name] = _text(raw, getattr(columns, name), image_csv)
+    fields["compound"] = _text(raw, columns.compound, image_csv)
+    fields["concentration"] = _numbers(raw, columns.concentration, image_csv)
+    control = fields["compound"] == columns.control
+    fields.loc[control, "compound"] = "DMSO"
+    fields.loc[control, "concentration"] = 0.0
+
+    for channel, (file_column, folder_column) in columns.channels.items():
+        name = _text(raw, file_column, image_csv, empty=True)
+        if folder_column:
+            folder = _text(raw, folder_column, image_csv, empty=True).str.replace("\\", "/").str.strip("/")
+            path = (folder + "/" + name).str.lstrip("/")
+            path[name == ""] = ""
+        else:
+            path = name.str.replace("\\", "/")
+        twice = path[(path != "") & path.duplicated(keep=False)]
+        if len(twice):
+            rows = ", ".join(str(fields["row"][i]) for i in twice.index[twice == twice.iloc[0]][:4])
+            raise ScreenError(f"{image_csv}: lines {rows} name the same {channel} file {twice.iloc[0]}: mend the table")
+        fields[f"{channel}_file"] = path
+
+    if columns.site:
+        fields["site"] = _numbers(raw, columns.site, image_csv).astype(int)
+    else:
+        file_column = next(iter(columns.channels.values()))[0]
+        found = raw[file_column].astype(str).str.extract(columns.site_pattern, expand=False)
+        if found.isna().any():
+            row = fields["row"][found.isna().idxmax()]
+            raise ScreenError(
+                f"{image_csv}, line {row}: no site number ({columns.site_pattern}) in {file_column} "
+                f"{raw[file_column][row - 2]!r}: name the site's column in the column mapping"
+            )
+        fields["site"] = found.astype(int)
+    fields["replicate"] = _numbers(raw, columns.replicate, image_csv).astype(int) if columns.replicate else 1
+    if columns.batch:
+        fields["batch"] = _text(raw, columns.batch, image_csv)
+    else:
+        found = fields["plate"].str.extract(columns.batch_pattern, expand=False)
+        if found.isna().any():
+            row = fields["row"][found.isna().idxmax()]
+            raise ScreenError(
+                f"{image_csv}, line {row}: no batch ({columns.batch_pattern}) in plate name {fields['plate'][row - 2]!r}"
+                f": name the batch's column in the column mapping"
+            )
+        fields["batch"] = found
+    for name, column in (("table_number", columns.table), ("image_number", columns.image)):
+        fields[name] = _numbers(raw, column, image_csv).astype(int) if column in raw else 0
+
+    fields["treatment"] = [treatment_name(*pair) for pair in zip(fields["compound"], fields["concentration"])]
+    fields["moa"] = _text(raw, columns.moa, image_csv, empty=True) if columns.moa else ""
+    if moa_csv is not None:
+        known = read_mechanisms(moa_csv, columns)
+        absent = sorted(set(known) - set(fields["treatment"]) - {"DMSO"})
+        if absent:
+            raise ScreenError(
+                f"{moa_csv}: {len(absent)} annotated treatment(s) have no image in {image_csv}, the first is "
+                f"{absent[0]!r}: mend the compound's name or concentration, or take the line out"
+            )
+        fields["moa"] = fields["treatment"].map(known).fillna("")
+    control = fields["compound"] == "DMSO"
+    fields.loc[control, "moa"] = "DMSO"
+    fields["part"] = np.where(control, "dmso", np.where(fields["moa"] == "", "unannotated", "annotated"))
+    return fields
+
+
+def read_mechanisms(moa_csv, columns: ScreenColumns | None = None) -> dict[str, str]:
+    """Treatment name -> mechanism of action, from a table of compound, concentration and mechanism."""
+    columns = columns or ScreenColumns()
+    table = _read_csv(Path(moa_csv), "MOA table")
+    compound, concentration, moa = columns.moa_table
+    _require(table, columns.moa_table, moa_csv)
+    names = _text(table, compound, moa_csv)
+    doses = _numbers(table, concentration, moa_csv)
+    treatments = [
+        treatment_name("DMSO" if name == columns.control else name, dose) for name, dose in zip(names, doses)
+    ]
+    mechanisms = _text(table, moa, moa_csv)
+    known: dict[str, str] = {}
+    for line, (treatment, mechanism) in enumerate(zip(treatments, mechanisms), start=2):
+        if known.setdefault(treatment, mechanism) != mechanism:
+            raise ScreenError(
+                f"{moa_csv}, line {line}: {treatment!r} is {mechanism!r} here and {known[treatment]!r} above: keep one"
+            )
+    return known
+
+
+def _read_csv(path: Path, what: str) -> pd.DataFrame:
+    if not path.is_file():
+        raise ScreenError(f"{what} {path} does not exist: give its path (plain or .gz)")
+    try:
+        return pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError, EOFError) as error:
+        raise ScreenError(f"{what} {path} cannot be read as CSV ({error}): fetch it again") from error
+
+
+def _require(table: pd.DataFrame, columns, path) -> None:
+    for column in columns:
+        if column not in table:
+            raise ScreenError(f"{path} has no column {column!r} (it has {', '.join(map(str, table.columns))})")
+
+
+def _text(table: pd.DataFrame, column: str, path, empty: bool = False) -> pd.Series:
+    text = table[column].astype(str).str.strip()
+    if not empty and (text == "").any():
+        raise ScreenError(f"{path}, line {int((text == '').idxmax()) + 2}: column {column!r} is empty: fill it in")
+    return text.astype(object)
+
+
+def _numbers(table: pd.DataFrame, column: str, path) -> pd.Series:
+    numbers = pd.to_numeric(table[column], errors="coerce")
+    bad = ~np.isfinite(numbers)
+    if bad.any():
+        i = int(bad.idxmax())
+        raise ScreenError(f"{path}, line {i + 2}: column {column!r} is {table[column][i]!r}, which is not a number")
+    return numbers
+
+
+def channel_pattern(name: str) -> bool:
+    """True for a channel name that can be a column of the dataset (letters, digits, underscores)."""
+    return re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) is not None
