@@ -1,0 +1,377 @@
+"""The evaluation of one run folder: profiles in, results.json out, and the command `wsdino-evaluate RUN`.
+
+For every `profiles/<set>.parquet`: TVN fitted on DMSO a channel at a time, fields averaged within a plate, the median
+of plates within a treatment, channels concatenated, unit length, NSC and NSCB (Cross-Zamirski et al. 2022, section 2).
+
+results.json
+------------
+format            1, raised when a key below changes its meaning
+simulated         true if any field's Metadata_Source says so; sources: the distinct sources
+settings          the run's settings.json as it stands (null without one); versions: of what computed the scores
+protocol          normalization, aggregation, metric, batch_rule, exclude: the words for what was done
+counts            fields, dmso_fields, treatments, scored_treatments, compounds, moas, plates, batches
+sets.<set>        of each profile file: nsc, nscb, nsc_correct, nsc_total, nscb_correct, nscb_total, nscb_excluded, ...
+                  (every key of the not_same_compound metric), treatments (names in the order of the queries' `row`),
+                  channels.<channel> (nsc, nscb, ... of that channel alone; participation_ratio of its raw features)
+training.<channel> last_step, last_loss, and collapse: verdict ("healthy", "suspect", "collapsed" or "unknown"),
+                  reasons (sentences), last (the monitors' last values)
+headline          the set the run is about ("trained", else the first) and its nsc and nscb
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from .normalization import TypicalVariationNormalizer
+from .not_same_compound.not_same_compound import not_same_compound
+from .profiles import (
+    CONTROL,
+    ProfileError,
+    aggregate_profiles,
+    feature_columns,
+    normalize_profiles,
+    read_profiles,
+)
+
+SETS = ("untrained", "intensity", "init", "trained")  # the order in which sets are shown; others follow by name
+
+
+def participation_ratio(features):
+    """Effective number of dimensions of `features` (rows, dimensions): (sum of variances)^2 / sum of their squares.
+
+    The variances are those along the principal directions: from 1 (all rows on a line) to the number of dimensions;
+    0 for identical rows.
+    """
+    features = np.asarray(features, dtype=np.float64)
+    centred = features - features.mean(axis=0)
+    variance = np.linalg.svd(centred, compute_uv=False) ** 2
+    if variance.sum() <= 1e-24 * max((features**2).sum(), 1e-300):
+        return 0.0
+    return float(variance.sum() ** 2 / (variance**2).sum())
+
+
+def collapse_verdict(lines, num_prototypes=None):
+    """Whether the last monitors of a `metrics.jsonl` look like a collapsed teacher.
+
+    Parameters
+    ----------
+    lines : list of dict
+        The log's lines in order, as in the run folder's description.
+    num_prototypes : int or None
+        Outputs of the head, K; without it a near-uniform teacher cannot be told.
+
+    Returns
+    -------
+    dict
+        verdict: "collapsed", "suspect", "healthy" or "unknown" (no monitors); reasons: sentences; last: the values.
+    """
+    names = ("teacher_entropy", "mean_entropy", "kl", "participation_ratio")
+    last = {}
+    for line in lines:
+        for name in names:
+            if isinstance(line.get(name), (int, float)) and math.isfinite(line[name]):
+                last[name] = float(line[name])
+    if not last:
+        return {"verdict": "unknown", "reasons": ["no monitors were logged"], "last": {}}
+    collapsed, suspect = [], []
+    uniform = math.log(num_prototypes) if num_prototypes else None
+    if "mean_entropy" in last and last["mean_entropy"] < 0.05 * (uniform or math.log(2)):
+        collapsed.append(f"the teacher gives every image the same prototype (mean entropy {last['mean_entropy']:.3g})")
+    if uniform and last.get("teacher_entropy", 0.0) > 0.99 * uniform:
+        collapsed.append(
+            f"the teacher's targets are nearly uniform (entropy {last['teacher_entropy']:.3g} of {uniform:.3g})"
+        )
+    if "teacher_entropy" in last and "mean_entropy" in last:
+        information = last["mean_entropy"] - last["teacher_entropy"]
+        if information < 0.02 * (uniform or math.log(2)):
+            suspect.append(f"the targets hardly differ between images (difference of the entropies {information:.3g})")
+    if "participation_ratio" in last and last["participation_ratio"] < 1.5:
+        suspect.append(
+            f"the features vary along about one direction (participation ratio {last['participation_ratio']:.3g})"
+        )
+    verdict = "collapsed" if collapsed else "suspect" if suspect else "healthy"
+    return {"verdict": verdict, "reasons": collapsed + suspect, "last": last}
+
+
+def read_metrics(path):
+    """The lines of a metrics.jsonl; a last line cut short by a killed run is left out."""
+    lines = []
+    text = Path(path).read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(text, 1):
+        if line.strip():
+            try:
+                lines.append(json.loads(line))
+            except json.JSONDecodeError:
+                if number < len(text):
+                    raise ProfileError(f"{path}, line {number}, is not JSON: remove that line.") from None
+    return lines
+
+
+def _versions():
+    versions = {"python": platform.python_version()}
+    for package in ("wsdino", "numpy", "pandas", "scikit-learn", "evaluate", "torch", "transformers", "datasets"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            pass
+    return versions
+
+
+def score_treatments(treatments, **options):
+    """NSC and NSCB of aggregated profiles (see `aggregate_profiles`): the metric's dictionary."""
+    columns = [column for names in feature_columns(treatments).values() for column in names]
+    return not_same_compound(
+        treatments[columns].to_numpy(np.float64),
+        treatments["Metadata_MOA"].tolist(),
+        treatments["Metadata_Compound"].tolist(),
+        treatments["Metadata_Batch"].tolist(),
+        # A network that gives every field the same vector has no directions to compare: it is scored, as wrong.
+        invalid="wrong",
+        **options,
+    )
+
+
+def evaluate_set(profiles, normalizer=None, **options):
+    """Scores of one profile table, all channels together and each alone.
+
+    Parameters
+    ----------
+    profiles : pandas.DataFrame
+        One row a field, DMSO and treated, as `read_profiles` gives it.
+    normalizer : transformer or None
+        Fitted on DMSO fields, a clone a channel; None is `TypicalVariationNormalizer()`.
+    **options
+        Passed to the metric (`batch_rule`, `metric`, `k`, ...).
+
+    Returns
+    -------
+    dict
+        The entry of results.json (see the module's docstring).
+    """
+    for column in ("Metadata_MOA", "Metadata_Batch"):
+        if column not in profiles.columns:
+            raise ProfileError(f"The profiles have no column {column}: extract them from a dataset that has it.")
+    normalized = normalize_profiles(profiles, normalizer or TypicalVariationNormalizer())
+    labelled = normalized["Metadata_MOA"].fillna("").astype(str).str.strip() != ""
+    if not (labelled & (normalized["Metadata_Compound"] != CONTROL)).any():
+        raise ProfileError("No treated field has a Metadata_MOA: NSC needs the MOA of at least two compounds.")
+    normalized = normalized[labelled]
+    treatments = aggregate_profiles(normalized)
+    metadata = [column for column in treatments.columns if str(column).startswith("Metadata_")]
+    result = score_treatments(treatments, **options)
+    result["treatments"] = treatments["Metadata_Treatment"].tolist()
+    result["channels"] = {}
+    raw = feature_columns(profiles)
+    for channel, columns in feature_columns(treatments).items():
+        scores = score_treatments(treatments[metadata + columns], **options)
+        summary = {key: value for key, value in scores.items() if not isinstance(value, (list, dict))}
+        summary["participation_ratio"] = participation_ratio(profiles[raw[channel]])
+        summary["features"] = len(raw[channel])
+        result["channels"][channel] = summary
+    return result
+
+
+def _counts(profiles):
+    treated = profiles[profiles["Metadata_Compound"] != CONTROL]
+    moas = treated["Metadata_MOA"].fillna("").astype(str)
+    return {
+        "fields": len(profiles),
+        "dmso_fields": len(profiles) - len(treated),
+        "treatments": int(treated["Metadata_Treatment"].nunique()),
+        "scored_treatments": int(treated["Metadata_Treatment"][moas != ""].nunique()),
+        "compounds": int(treated["Metadata_Compound"].nunique()),
+        "moas": int(moas[moas != ""].nunique()),
+        "plates": int(profiles["Metadata_Plate"].nunique()),
+        "batches": int(profiles["Metadata_Batch"].nunique()),
+    }
+
+
+def _training(run):
+    training = {}
+    settings = _settings(run) or {}
+    arguments = settings.get("arguments") if isinstance(settings.get("arguments"), dict) else settings
+    prototypes = next(
+        (arguments[key] for key in ("out_dim", "num_prototypes") if isinstance(arguments.get(key), int)), None
+    )
+    for log in sorted(run.glob("*/metrics.jsonl")):
+        lines = read_metrics(log)
+        steps = [line for line in lines if isinstance(line.get("loss"), (int, float))]
+        training[log.parent.name] = {
+            "last_step": steps[-1].get("step") if steps else None,
+            "last_loss": steps[-1]["loss"] if steps else None,
+            "collapse": collapse_verdict(lines, prototypes),
+        }
+    return training
+
+
+def _settings(run):
+    path = run / "settings.json"
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ProfileError(
+            f"{path} is not JSON ({error.msg}, line {error.lineno}): restore it from the training."
+        ) from None
+
+
+def _finite(value):
+    """The same value with numbers that JSON lacks (nan, inf) as null, and numpy's numbers as Python's."""
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def evaluate_run(run_folder, *, normalizer=None, progress=True, **options):
+    """Score every profile set of a run folder and write its results.json.
+
+    Parameters
+    ----------
+    run_folder : str or Path
+        Holds `profiles/<set>.parquet`, and where training wrote them `settings.json` and `<channel>/metrics.jsonl`.
+    normalizer, **options
+        See `evaluate_set`.
+
+    Returns
+    -------
+    dict
+        What was written (see the module's docstring).
+
+    Raises
+    ------
+    ProfileError
+        If there is no such folder, no profile file, or one that cannot be scored.
+    """
+    run = Path(run_folder)
+    if not run.is_dir():
+        raise ProfileError(f"{run} is not a folder: name a run folder, like runs/demo.")
+    files = {path.stem: path for path in run.glob("profiles/*.parquet")}
+    if not files:
+        raise ProfileError(f"{run / 'profiles'} holds no .parquet file: run wsdino-extract {run} first.")
+    order = sorted(files, key=lambda name: (SETS.index(name) if name in SETS else len(SETS), name))
+    normalizer = normalizer or TypicalVariationNormalizer()
+    sets, counts, sources = {}, {}, set()
+    for name in tqdm(order, desc="Scoring", unit="set", disable=None if progress else True):
+        profiles = read_profiles(files[name])
+        try:
+            sets[name] = evaluate_set(profiles, normalizer, **options)
+        except ProfileError as error:
+            raise ProfileError(f"{files[name]}: {error}") from None
+        counts[name] = _counts(profiles)
+        if "Metadata_Source" in profiles.columns:
+            sources |= set(profiles["Metadata_Source"].dropna().astype(str))
+    main_set = "trained" if "trained" in sets else order[0]
+    results = {
+        "format": 1,
+        "simulated": any("simulated" in source.lower() for source in sources),
+        "sources": sorted(sources),
+        "headline": {"set": main_set, "nsc": sets[main_set]["nsc"], "nscb": sets[main_set]["nscb"]},
+        "counts": counts[main_set],
+        "protocol": {
+            "normalization": f"{normalizer!r}, fitted on DMSO fields, each channel alone",
+            "aggregation": "fields: mean within a plate; plates: median; channels concatenated; L2",
+            "metric": options.get("metric", "cosine"),
+            "k": options.get("k", 1),
+            "batch_rule": options.get("batch_rule", "median"),
+            "exclude": options.get("exclude", "single_batch"),
+        },
+        "sets": sets,
+        "training": _training(run),
+        "settings": _settings(run),
+        "versions": _versions(),
+    }
+    results = _finite(results)
+    partial = run / "results.json.partial"
+    partial.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, run / "results.json")
+    return results
+
+
+def format_table(results):
+    """A short text table of a run's scores, one line a set and, below each, one a channel."""
+
+    def share(score, prefix):
+        value = score[prefix]
+        if value is None:
+            return "no query"
+        return f"{100 * value:5.1f} % ({score[f'{prefix}_correct']}/{score[f'{prefix}_total']})"
+
+    lines = [f"{'':<24}{'NSC':>18}{'NSCB':>18}{'dimensions in use':>20}"]
+    for name, scores in results["sets"].items():
+        lines.append(f"{name:<24}{share(scores, 'nsc'):>18}{share(scores, 'nscb'):>18}")
+        for channel, part in scores["channels"].items():
+            ratio = f"{part['participation_ratio']:.1f} of {part['features']}"
+            lines.append(f"  {channel:<22}{share(part, 'nsc'):>18}{share(part, 'nscb'):>18}{ratio:>20}")
+    for channel, training in results["training"].items():
+        verdict = training["collapse"]
+        lines.append(f"training, {channel}: {'; '.join([verdict['verdict'], *verdict['reasons']])}")
+    counts = results["counts"]
+    lines.append(
+        f"{counts['scored_treatments']} treatments of {counts['compounds']} compounds, {counts['moas']} MOAs, "
+        f"{counts['plates']} plates, {counts['batches']} batches"
+    )
+    if results["simulated"]:
+        lines.append("SIMULATED data: these figures say nothing about real cells.")
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    """The command `wsdino-evaluate RUN`."""
+    parser = argparse.ArgumentParser(
+        prog="wsdino-evaluate",
+        description="Score the profiles of a run folder (NSC and NSCB) and write its results.json.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("run", metavar="RUN", help="run folder with profiles/<set>.parquet")
+    parser.add_argument("--metric", choices=("cosine", "correlation", "euclidean"), default="cosine")
+    parser.add_argument("--k", type=int, default=1, help="neighbours that vote")
+    parser.add_argument(
+        "--batch_rule",
+        choices=("median", "joined", "disjoint"),
+        default="median",
+        help="the batch of a treatment seen in several: the median one, their joined name, or all of them",
+    )
+    parser.add_argument(
+        "--whitening",
+        choices=("guarded", "regularized", "plain"),
+        default="guarded",
+        help="TVN: plain is the paper's; regularized mixes in the mean variance; guarded also drops unsure directions",
+    )
+    arguments = parser.parse_args(argv)
+    whitening = {
+        "guarded": TypicalVariationNormalizer(),
+        "regularized": TypicalVariationNormalizer(rank_guard=None),
+        "plain": TypicalVariationNormalizer(regularization=0, rank_guard=None),
+    }
+    try:
+        if arguments.k < 1:
+            raise ProfileError(f"--k is {arguments.k}: give at least 1.")
+        results = evaluate_run(
+            arguments.run,
+            normalizer=whitening[arguments.whitening],
+            metric=arguments.metric,
+            k=arguments.k,
+            batch_rule=arguments.batch_rule,
+        )
+    except (ProfileError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    print(format_table(results))
+    print(f"Written: {Path(arguments.run) / 'results.json'}")
+
+
+if __name__ == "__main__":
+    main()

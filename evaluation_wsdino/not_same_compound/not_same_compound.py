@@ -1,0 +1,386 @@
+"""The NSC and NSCB scores of treatment profiles as one self-contained `evaluate` module.
+
+Not-same-compound (NSC): each treatment is given the mechanism of action (MOA) of its nearest neighbour among the
+treatments of all other compounds. Not-same-compound-and-batch (NSCB): the neighbour must also come from another batch.
+Protocol: Ljosa et al. 2013 (NSC), Ando et al. 2017 (NSCB), Cross-Zamirski et al. 2022 (the defaults here).
+
+This file needs numpy, and `evaluate` and `datasets` for the metric class; it is what a metric Space holds.
+"""
+
+import re
+
+import datasets
+import evaluate
+import numpy as np
+
+_CITATION = """\
+@article{ljosa2013comparison,
+  title={Comparison of methods for image-based profiling of cellular morphological responses
+    to small-molecule treatment},
+  author={Ljosa, Vebjorn and others},
+  journal={Journal of Biomolecular Screening}, volume={18}, number={10}, year={2013}
+}
+@article{ando2017improving,
+  title={Improving phenotypic measurements in high-content imaging screens},
+  author={Ando, D. Michael and McLean, Cory Y. and Berndl, Marc}, journal={bioRxiv 161422}, year={2017}
+}
+@article{crosszamirski2022selfsupervised,
+  title={Self-supervised learning of phenotypic representations from cell images with weak labels},
+  author={Cross-Zamirski, Jan Oscar and others}, journal={arXiv:2209.07819}, year={2022}
+}
+"""
+
+_DESCRIPTION = """\
+Share of treatments whose nearest neighbour among other compounds (NSC), and among other compounds in other batches
+(NSCB), has the same mechanism of action.
+"""
+
+_INPUTS = """
+Args:
+    predictions: treatments x dimensions, one profile a treatment.
+    references: the mechanism of action (MOA) of each treatment.
+    compounds: the compound of each treatment; neighbours of the same compound never count.
+    batches: the batch of each treatment, or several names joined by "|" for one seen in several batches.
+    metric: "cosine" (default), "correlation" or "euclidean".
+    k: neighbours that vote, 1 by default. A tied vote goes to the MOA whose member is nearest.
+    batch_rule: when two treatments are in one batch (see the README): "median" (default), "joined", "disjoint" or
+        "plate".
+    plates: with batch_rule="plate", the plate or plates (joined by "|") of each treatment.
+    exclude: NSCB queries left out: "single_batch" (default: MOAs that occur in one batch, as in the published table),
+        "unanswerable" (treatments without a candidate of their own MOA; in NSC too) or "none".
+    keep_excluded: True leaves the treatments of excluded MOAs among the candidates (the published table removes them).
+    ties: "pessimistic" (default: of equally near neighbours a wrong one is taken) or "first" (the first row).
+    invalid: for vectors without a direction (not finite; zero under cosine; constant under correlation): "error"
+        (default), "wrong" (queries count as wrong, never candidates) or "exclude".
+Returns:
+    nsc, nscb: shares in [0, 1] (nan without a query); nsc_correct, nsc_total, nsc_excluded, and the same for nscb;
+    moas: the sorted MOA names; nsc_confusion: counts, rows the true and columns the neighbours' MOA in that order;
+    nsc_per_moa: correct, total and accuracy of each MOA; nsc_queries: one dictionary a treatment (row, neighbour,
+    neighbour_moa, neighbour_compound, predicted, similarity, candidates, answerable, tied, correct, excluded).
+Examples:
+
+    >>> metric = evaluate.load("evaluation_wsdino/not_same_compound")
+    >>> result = metric.compute(predictions=[[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]],
+    ...                         references=["DNA damage", "DNA damage", "Eg5 inhibitors", "Eg5 inhibitors"],
+    ...                         compounds=["cisplatin", "etoposide", "AZ-C", "AZ138"],
+    ...                         batches=["Week1", "Week2", "Week1", "Week2"])
+    >>> result["nsc"], result["nscb"]
+    (1.0, 1.0)
+    >>> result["nscb_queries"][0]["neighbour"]
+    1
+"""
+
+_BLOCK_BYTES = 32 * 2**20  # of one block of similarities; some six arrays of that size live at once
+
+
+def _natural_key(name):
+    """Sort key that puts Week2 before Week10."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
+
+
+def _choice(name, value, allowed):
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}: choose one of {', '.join(allowed)}.")
+
+
+def _codes(names):
+    return np.unique(np.asarray(names, dtype=object).astype(str), return_inverse=True)[1].reshape(-1)
+
+
+def _labels(name, values, length):
+    values = [None if value is None else str(value) for value in values]
+    if len(values) != length:
+        raise ValueError(f"{name} holds {len(values)} values for {length} profiles: give one a treatment.")
+    empty = [row for row, value in enumerate(values) if value is None or not value.strip()]
+    if empty:
+        raise ValueError(f"{name}[{empty[0]}] is empty: leave out treatments without one.")
+    return values
+
+
+def _split_names(name, values):
+    split = [[part.strip() for part in value.split("|") if part.strip()] for value in values]
+    for row, parts in enumerate(split):
+        if not parts:
+            raise ValueError(f"{name}[{row}] is {values[row]!r}: give at least one name.")
+    return split
+
+
+def _median_codes(split):
+    """One code a treatment: its (lower) median batch in natural order, names counted as often as they are given."""
+    return _codes([sorted(parts, key=_natural_key)[(len(parts) - 1) // 2] for parts in split])
+
+
+def _joined_codes(split):
+    """One code a treatment: the set of its batches; a set equals only the very same set."""
+    return _codes(["|".join(sorted(set(parts))) for parts in split])
+
+
+def _membership(split):
+    """(treatments, names) float32 of 0 and 1."""
+    columns = {name: column for column, name in enumerate(sorted({part for parts in split for part in parts}))}
+    membership = np.zeros((len(split), len(columns)), dtype=np.float32)
+    for row, parts in enumerate(split):
+        membership[row, [columns[part] for part in parts]] = 1
+    return membership
+
+
+class _BatchRule:
+    """Says which pairs of treatments lie in different batches, by codes or by shared names."""
+
+    def __init__(self, codes=None, membership=None):
+        self.codes, self.membership = codes, membership
+
+    def different(self, rows, columns):
+        if self.codes is not None:
+            return self.codes[rows, None] != self.codes[None, columns]
+        return self.membership[rows] @ self.membership[columns].T == 0
+
+    def occurs_in_one_batch(self, rows):
+        """Whether no two of these treatments lie in different batches."""
+        if self.codes is not None:
+            return len(np.unique(self.codes[rows])) == 1
+        step = max(1, _BLOCK_BYTES // (8 * len(rows)))
+        return not any(self.different(rows[i : i + step], rows).any() for i in range(0, len(rows), step))
+
+
+def _directions(profiles, metric):
+    """Vectors whose products (cosine, correlation) or differences (euclidean) are compared, and which are usable."""
+    finite = np.isfinite(profiles).all(axis=1)
+    vectors = np.where(finite[:, None], profiles, 0.0)
+    if metric == "correlation":
+        vectors -= vectors.mean(axis=1, keepdims=True)
+    if metric == "euclidean":
+        vectors -= vectors[finite].mean(axis=0) if finite.any() else 0.0
+        return vectors, finite
+    largest = np.abs(vectors).max(axis=1, initial=0.0)
+    scale = np.abs(np.where(finite[:, None], profiles, 0.0)).max(axis=1, initial=0.0)
+    # A constant vector minus its mean is rounding noise, not a direction.
+    usable = finite & (largest > 1e-12 * scale) & (largest > 0)
+    # Before the norm, so that tiny and huge values survive squaring.
+    vectors /= np.where(usable, largest, 1.0)[:, None]
+    vectors /= np.where(usable, np.linalg.norm(vectors, axis=1), 1.0)[:, None]
+    return vectors, usable
+
+
+def _search(vectors, euclidean, moa, compound, different_batch, takes_part, usable, k, ties):
+    """Nearest candidates of every query, a block of rows at a time.
+
+    Returns neighbours (treatments, k) with -1 where there are fewer, their similarities, and per query the number of
+    candidates, of candidates with its own MOA, and of candidates tied with the nearest.
+    """
+    count = len(vectors)
+    k = min(k, max(count - 1, 1))
+    neighbours = np.full((count, k), -1)
+    similarities = np.full((count, k), np.nan)
+    candidates, answerable, tied_with_nearest = (np.zeros(count, dtype=np.int64) for _ in range(3))
+    columns = np.flatnonzero(takes_part & usable)
+    if not len(columns):
+        return neighbours, similarities, candidates, answerable, tied_with_nearest
+    squares = np.einsum("ij,ij->i", vectors, vectors) if euclidean else None
+    # Rounding in a product of unit vectors, or of squares up to the largest: nearer than this is a tie.
+    tolerance = 1e-12 * (4 * squares.max() if euclidean else 1.0)
+    # The order in which tied candidates are taken; names first, so that shuffled rows give the same answer.
+    priority = np.arange(count) if ties == "first" else np.empty(count, dtype=np.int64)
+    if ties == "pessimistic":
+        priority[np.lexsort((compound, moa))] = np.arange(count)
+    candidate_vectors = vectors if len(columns) == count else vectors[columns]
+    step = max(1, _BLOCK_BYTES // (8 * len(columns)))
+    queries = np.flatnonzero(takes_part)
+    for start in range(0, len(queries), step):
+        rows = queries[start : start + step]
+        similarity = vectors[rows] @ candidate_vectors.T
+        if euclidean:
+            similarity *= 2
+            similarity -= squares[rows, None]
+            similarity -= squares[None, columns]
+        allowed = compound[rows, None] != compound[None, columns]
+        if different_batch is not None:
+            allowed &= different_batch(rows, columns)
+        own = moa[rows, None] == moa[None, columns]
+        candidates[rows] = allowed.sum(axis=1)
+        answerable[rows] = (allowed & own).sum(axis=1)
+        similarity[~allowed] = -np.inf
+        similarity[~usable[rows]] = -np.inf
+        order = priority[columns] + (count * own if ties == "pessimistic" else np.zeros_like(own, dtype=np.int64))
+        block = np.arange(len(rows))
+        for place in range(k):
+            nearest = similarity.max(axis=1)
+            found = np.isfinite(nearest)
+            with np.errstate(invalid="ignore"):
+                tied = similarity >= (nearest - tolerance)[:, None]
+            pick = np.where(tied, order, np.iinfo(np.int64).max).argmin(axis=1)
+            neighbours[rows, place] = np.where(found, columns[pick], -1)
+            similarities[rows, place] = np.where(found, similarity[block, pick], np.nan)
+            if place == 0:
+                tied_with_nearest[rows] = np.where(found, tied.sum(axis=1), 0)
+            if place + 1 < k:
+                similarity[block, pick] = -np.inf
+    if euclidean:
+        similarities = -np.sqrt(np.maximum(-similarities, 0.0))
+    return neighbours, similarities, candidates, answerable, tied_with_nearest
+
+
+def _vote(neighbour_moas):
+    """The MOA most frequent among the neighbours (nearest first); a tied vote goes to the nearest of the tied."""
+    counts = {}
+    for moa in neighbour_moas:
+        counts[moa] = counts.get(moa, 0) + 1
+    return max(counts, key=counts.get) if counts else None  # dictionaries keep the order nearest first
+
+
+def not_same_compound(
+    profiles,
+    moas,
+    compounds,
+    batches=None,
+    *,
+    plates=None,
+    metric="cosine",
+    k=1,
+    batch_rule="median",
+    exclude="single_batch",
+    keep_excluded=False,
+    ties="pessimistic",
+    invalid="error",
+):
+    """NSC, and with `batches` NSCB, of `profiles` (treatments, dimensions): see the metric's inputs description.
+
+    Returns the dictionary of the metric; without `batches` its nscb keys are absent.
+    Raises ValueError, with one sentence, for inputs of different lengths, empty labels or an unknown option.
+    """
+    _choice("metric", metric, ("cosine", "correlation", "euclidean"))
+    _choice("batch_rule", batch_rule, ("median", "joined", "disjoint", "plate"))
+    _choice("exclude", exclude, ("single_batch", "unanswerable", "none"))
+    _choice("ties", ties, ("pessimistic", "first"))
+    _choice("invalid", invalid, ("error", "wrong", "exclude"))
+    if isinstance(k, bool) or int(k) != k or k < 1:
+        raise ValueError(f"k is {k!r}: give a whole number of neighbours, at least 1.")
+    try:
+        profiles = np.asarray(profiles, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ValueError("predictions are not a table of numbers: give every treatment as many values.") from None
+    if profiles.ndim != 2 or not profiles.shape[1]:
+        raise ValueError(f"predictions have the shape {profiles.shape}: give (treatments, dimensions).")
+    count = len(profiles)
+    moas = _labels("references", moas, count)
+    compounds = _labels("compounds", compounds, count)
+    moa_names = sorted(set(moas))
+    moa, compound = np.searchsorted(moa_names, moas) if count else np.zeros(0, dtype=int), _codes(compounds)
+
+    vectors, usable = _directions(profiles, metric)
+    if invalid == "error" and not usable.all():
+        rows = np.flatnonzero(~usable)
+        raise ValueError(
+            f"predictions[{rows[0]}] ({compounds[rows[0]]}) has no direction under {metric} ({len(rows)} such rows: "
+            'not finite, zero or constant): leave them out, or choose invalid="wrong" or invalid="exclude".'
+        )
+    reasons = ["" if good or invalid != "exclude" else "invalid vector" for good in usable]
+    euclidean = metric == "euclidean"
+
+    def score(prefix, rule, exclusion_rule):
+        excluded = list(reasons)
+        different = rule.different if rule is not None else None
+        if exclusion_rule is not None and exclude == "single_batch":
+            for code, name in enumerate(moa_names):
+                rows = np.flatnonzero(moa == code)
+                if exclusion_rule.occurs_in_one_batch(rows):
+                    for row in rows:
+                        excluded[row] = excluded[row] or f"{name} occurs in one batch"
+        removed = np.array([bool(reason) for reason in (reasons if keep_excluded else excluded)], dtype=bool)
+        found = _search(vectors, euclidean, moa, compound, different, ~removed, usable, int(k), ties)
+        neighbours, similarities, candidates, answerable, tied = found
+        queries, confusion = [], np.zeros((len(moa_names), len(moa_names)), dtype=np.int64)
+        per_moa = {name: {"correct": 0, "total": 0, "accuracy": float("nan")} for name in moa_names}
+        for row in range(count):
+            near = [index for index in neighbours[row].tolist() if index >= 0]
+            predicted = _vote([moas[index] for index in near])
+            reason = excluded[row]
+            if not reason and not candidates[row] and usable[row]:
+                reason = "no candidate"
+            if not reason and exclude == "unanswerable" and not answerable[row]:
+                reason = "no candidate of its MOA"
+            correct = predicted == moas[row]
+            query = {
+                "row": row, "moa": moas[row], "compound": compounds[row],
+                "neighbour": near[0] if near else None,
+                "neighbour_moa": moas[near[0]] if near else None,
+                "neighbour_compound": compounds[near[0]] if near else None,
+                "similarity": float(similarities[row, 0]) if near else None,
+                "predicted": predicted, "correct": correct, "excluded": reason or None,
+                "candidates": int(candidates[row]), "answerable": bool(answerable[row]), "tied": int(tied[row]),
+            }  # fmt: skip
+            if k > 1:
+                query["neighbours"] = near
+            queries.append(query)
+            if not reason:
+                per_moa[moas[row]]["total"] += 1
+                per_moa[moas[row]]["correct"] += correct
+                if predicted is not None:
+                    confusion[moa[row], moa_names.index(predicted)] += 1
+        for value in per_moa.values():
+            if value["total"]:
+                value["accuracy"] = value["correct"] / value["total"]
+        correct = sum(value["correct"] for value in per_moa.values())
+        total = sum(value["total"] for value in per_moa.values())
+        return {
+            prefix: correct / total if total else float("nan"),
+            f"{prefix}_correct": correct,
+            f"{prefix}_total": total,
+            f"{prefix}_excluded": count - total,
+            f"{prefix}_per_moa": per_moa,
+            f"{prefix}_confusion": confusion.tolist(),
+            f"{prefix}_queries": queries,
+        }
+
+    result = {"moas": moa_names, **score("nsc", None, None)}
+    if batches is not None:
+        names = _split_names("batches", _labels("batches", batches, count))
+        rules = {
+            "median": lambda split: _BatchRule(codes=_median_codes(split)),
+            "joined": lambda split: _BatchRule(codes=_joined_codes(split)),
+            "disjoint": lambda split: _BatchRule(membership=_membership(split)),
+        }
+        if batch_rule == "plate":
+            # Plates decide who may be a neighbour, as sets compared whole; which MOAs occur in one batch stays a
+            # question of batches, so that the queries are those of the published table.
+            split = names if plates is None else _split_names("plates", _labels("plates", plates, count))
+            rule, exclusion_rule = rules["joined"](split), rules["median"](names)
+        else:
+            rule = exclusion_rule = rules[batch_rule](names)
+        result.update(score("nscb", rule, exclusion_rule))
+    return result
+
+
+@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _INPUTS)
+class NotSameCompound(evaluate.Metric):
+    def _info(self):
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_INPUTS,
+            features=datasets.Features(
+                {
+                    "predictions": datasets.Sequence(datasets.Value("float64")),
+                    "references": datasets.Value("string"),
+                    "compounds": datasets.Value("string"),
+                    "batches": datasets.Value("string"),
+                }
+            ),
+            reference_urls=["https://arxiv.org/abs/2209.07819", "https://doi.org/10.1177/1087057113503553"],
+        )
+
+    def add_batch(self, *, predictions=None, references=None, **kwargs):
+        """Add a batch of predictions and references for the evaluation module's stack."""
+        # evaluate indexes what it is given with [0], which a pandas Series with its own index refuses, and takes
+        # only text for a name: turn tables into arrays, columns into lists, and compound ids into text.
+        if predictions is not None:
+            predictions = np.asarray(predictions) if hasattr(predictions, "to_numpy") else predictions
+        columns = {"references": references, **kwargs}
+        for name, column in columns.items():
+            if column is not None:
+                missing = (value is None or value != value for value in column)
+                columns[name] = [None if gone else str(value) for gone, value in zip(missing, column, strict=True)]
+        super().add_batch(predictions=predictions, **columns)
+
+    def _compute(self, predictions, references, compounds, batches, **options):
+        return not_same_compound(predictions, references, compounds, batches, **options)

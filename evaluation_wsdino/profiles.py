@@ -1,0 +1,174 @@
+"""Profile tables: reading and checking them, and the way from fields to one vector a treatment.
+
+A profile table follows the cytomining convention: `Metadata_*` columns, then numeric features named
+`<channel>_<index>`, one row a field of view. Rows of the negative control have `Metadata_Compound` "DMSO".
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+CONTROL = "DMSO"
+_NEEDED = ("Metadata_Plate", "Metadata_Compound", "Metadata_Treatment")
+
+
+class ProfileError(ValueError):
+    """A profile table, run folder or option of the evaluation that cannot be used; one sentence says the mend."""
+
+
+def feature_columns(profiles):
+    """`{channel: [column, ...]}` of the feature columns, in the order in which the table holds them."""
+    channels = {}
+    for column in profiles.columns:
+        if not str(column).startswith("Metadata_"):
+            channels.setdefault(str(column).rpartition("_")[0] or str(column), []).append(column)
+    return channels
+
+
+def check_profiles(profiles, source="the profile table"):
+    """Raise ProfileError unless `profiles` has the columns needed, finite numbers, and no field twice."""
+    for column in _NEEDED:
+        if column not in profiles.columns:
+            raise ProfileError(f"{source} has no column {column}: write it as extract_profiles.py does.")
+    if not len(profiles):
+        raise ProfileError(f"{source} has no rows: extract at least one DMSO and one treated field.")
+    columns = [column for names in feature_columns(profiles).values() for column in names]
+    if not columns:
+        raise ProfileError(f"{source} has no feature columns, named like dna_0000.")
+    for column in columns:
+        if not pd.api.types.is_numeric_dtype(profiles[column]):
+            raise ProfileError(f"{source}, column {column}, is not numeric: features are numbers.")
+    bad = ~np.isfinite(profiles[columns].to_numpy(np.float64))
+    if bad.any():
+        row, column = np.argwhere(bad)[0]
+        raise ProfileError(
+            f"{source}, row {row}, column {columns[column]}, is not a finite number ({bad.any(axis=1).sum()} such "
+            "rows): extract those fields again or leave them out."
+        )
+    for column in _NEEDED:
+        empty = profiles[column].isna() | (profiles[column].astype(str).str.strip() == "")
+        if empty.any():
+            row = int(np.flatnonzero(empty)[0])
+            raise ProfileError(f"{source}, row {row}, has no {column}: every field needs one.")
+    keys = ("Metadata_Source", "Metadata_Plate", "Metadata_Well", "Metadata_Site")
+    keys = [column for column in keys if column in profiles.columns]
+    if "Metadata_Well" in keys and "Metadata_Site" in keys:
+        twice = profiles.duplicated(keys, keep=False)
+        if twice.any():
+            first, second = np.flatnonzero((profiles[keys] == profiles[keys][twice].iloc[0]).all(axis=1))[:2]
+            raise ProfileError(
+                f"{source}, rows {first} and {second}, are the same plate, well and site: keep one row a field."
+            )
+
+
+def read_profiles(path):
+    """The checked table of one `profiles/<set>.parquet` file."""
+    try:
+        profiles = pd.read_parquet(path)
+    except FileNotFoundError:
+        raise ProfileError(f"{path} does not exist: run wsdino-extract first.") from None
+    except (OSError, ValueError) as error:
+        raise ProfileError(f"{path} is not a readable Parquet file ({str(error).splitlines()[0]}).") from None
+    check_profiles(profiles, Path(path).name)
+    return profiles
+
+
+def normalize_profiles(profiles, normalizer):
+    """The table with each channel's features replaced by those of a clone of `normalizer` fitted on its DMSO fields.
+
+    Parameters
+    ----------
+    profiles : pandas.DataFrame
+        One row a field (see the module's docstring).
+    normalizer : TypicalVariationNormalizer or another transformer
+        Cloned for each channel, fitted on the rows whose Metadata_Compound is "DMSO", applied to all rows.
+
+    Returns
+    -------
+    pandas.DataFrame
+        The same Metadata columns; as many feature columns a channel as the normalizer gives.
+    """
+    from sklearn.base import clone
+
+    control = (profiles["Metadata_Compound"] == CONTROL).to_numpy()
+    if control.sum() < 2:
+        raise ProfileError(
+            f"The profiles hold {int(control.sum())} DMSO fields: normalization is fitted on at least two, so extract "
+            "the DMSO part of the screen too."
+        )
+    parts = [profiles[[column for column in profiles.columns if str(column).startswith("Metadata_")]]]
+    for channel, columns in feature_columns(profiles).items():
+        features = profiles[columns].to_numpy(np.float64)
+        fitted = clone(normalizer).fit(features[control])
+        values = fitted.transform(features)
+        names = [f"{channel}_{index:04d}" for index in range(values.shape[1])]
+        parts.append(pd.DataFrame(values, columns=names, index=profiles.index))
+    return pd.concat(parts, axis=1)
+
+
+def _joined(values):
+    """The distinct names in natural order, joined by "|"."""
+    from .not_same_compound.not_same_compound import _natural_key
+
+    return "|".join(sorted({str(value) for value in values}, key=_natural_key))
+
+
+def aggregate_profiles(profiles, *, within_plate="mean", across_plates="median", normalize=True):
+    """One profile a treatment: fields averaged within a plate, plates within a treatment, unit length at the end.
+
+    Parameters
+    ----------
+    profiles : pandas.DataFrame
+        One row a field, features of all channels side by side (after normalization). DMSO rows are left out.
+    within_plate, across_plates : {"mean", "median"} or None
+        How the fields of one treatment on one plate, then its plates, become one vector. The paper: the mean, then the
+        median. `within_plate=None` goes from fields to treatments in one step.
+    normalize : bool
+        Divide each profile by its L2 norm (zero vectors stay zero).
+
+    Returns
+    -------
+    pandas.DataFrame
+        One row a treatment, sorted by name: Metadata_Treatment, Metadata_Compound, Metadata_Concentration,
+        Metadata_MOA, Metadata_Batch and Metadata_Plate (several names joined by "|"), Metadata_Fields (their number), features.
+
+    Raises
+    ------
+    ProfileError
+        If a treatment has two compounds or MOAs, or nothing but DMSO is there.
+    """
+    for name, value in (("within_plate", within_plate), ("across_plates", across_plates)):
+        if value not in ("mean", "median") and not (name == "within_plate" and value is None):
+            raise ProfileError(f'{name} is {value!r}: choose "mean" or "median".')
+    treated = profiles[profiles["Metadata_Compound"] != CONTROL]
+    if not len(treated):
+        raise ProfileError("The profiles hold DMSO fields alone: extract treated fields too.")
+    groups = treated.groupby("Metadata_Treatment", sort=True)
+    metadata = pd.DataFrame(index=groups.size().index)
+    for column in ("Metadata_Compound", "Metadata_Concentration", "Metadata_MOA"):
+        if column in treated.columns:
+            several = groups[column].nunique(dropna=False)
+            if (several > 1).any():
+                name = several.index[several > 1][0]
+                raise ProfileError(
+                    f"Treatment {name} has {several[name]} values of {column}: a treatment is one compound at one "
+                    "concentration with one MOA."
+                )
+            metadata[column] = groups[column].first()
+    for column in ("Metadata_Batch", "Metadata_Plate"):
+        if column in treated.columns:
+            metadata[column] = groups[column].agg(_joined)
+    metadata["Metadata_Fields"] = groups.size()
+    columns = [column for names in feature_columns(profiles).values() for column in names]
+    features = treated[columns].astype(np.float64)
+    if within_plate is None:
+        values = features.groupby(treated["Metadata_Treatment"], sort=True).agg(across_plates)
+    else:
+        keys = [treated["Metadata_Treatment"], treated["Metadata_Plate"]]
+        plates = features.groupby(keys, sort=True).agg(within_plate)
+        values = plates.groupby(level=0, sort=True).agg(across_plates)
+    if normalize:
+        norms = np.linalg.norm(values.to_numpy(), axis=1, keepdims=True)
+        values = values / np.where(norms > 0, norms, 1.0)
+    return pd.concat([metadata, values], axis=1).reset_index()
