@@ -1,0 +1,528 @@
+"""The network against oracles: transformers' Dinov2 where both agree, a ViT in plain NumPy elsewhere."""
+
+import argparse
+import math
+import pickle
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from transformers import Dinov2Config, Dinov2Model
+
+from modeling_wsdino import WSDinoConfig, WSDinoModel, WSDinoMultiChannelModel, attention_mass_mask
+from modeling_wsdino.modeling_wsdino import WSDinoDropPath
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 8, "image_size": 64}
+
+
+def small_model(seed=0, scale=5.0, cls=WSDinoModel, **values):
+    """A small model whose weights are large enough for attention to be far from uniform."""
+    torch.manual_seed(seed)
+    model = cls(WSDinoConfig(**(SMALL | values))).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("weight") and parameter.ndim > 1:
+                parameter.mul_(scale)
+            elif parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model
+
+
+# --- oracles
+
+
+def plain_cubic(distance, a=-0.75):
+    """Keys' cubic kernel with PyTorch's a."""
+    distance = abs(distance)
+    if distance <= 1:
+        return (a + 2) * distance**3 - (a + 3) * distance**2 + 1
+    if distance < 2:
+        return a * distance**3 - 5 * a * distance**2 + 8 * a * distance - 4 * a
+    return 0.0
+
+
+def plain_interpolation(table, height, width, patch):
+    """The original DINO's position embeddings, sampled point by point: (1 + patches, hidden) in float64."""
+    table = table.double().numpy()[0]
+    side = round(math.sqrt(len(table) - 1))
+    rows, columns = height // patch, width // patch
+    if (rows * columns == side * side) and height == width:
+        return table
+    grid = table[1:].reshape(side, side, -1)
+    sampled = [table[0]]
+    for row in range(rows):
+        y = (row + 0.5) / ((rows + 0.1) / side) - 0.5
+        for column in range(columns):
+            x = (column + 0.5) / ((columns + 0.1) / side) - 0.5
+            value = np.zeros(grid.shape[-1])
+            for i in range(math.floor(y) - 1, math.floor(y) + 3):
+                for j in range(math.floor(x) - 1, math.floor(x) + 3):
+                    weight = plain_cubic(y - i) * plain_cubic(x - j)
+                    value += weight * grid[min(max(i, 0), side - 1), min(max(j, 0), side - 1)]
+            sampled.append(value)
+    return np.stack(sampled)
+
+
+def plain_vit(state, image, heads, patch, eps=1e-6):
+    """The original DINO's forward of one RGB image with its own parameter names, head by head, in float64.
+
+    Returns the tokens after the final LayerNorm and the last block's attention (heads, tokens, tokens).
+    """
+    state = {key: value.double().numpy() for key, value in state.items()}
+
+    def norm(x, name):
+        centred = x - x.mean(-1, keepdims=True)
+        scaled = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps)
+        return scaled * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+    def linear(x, name):
+        return x @ state[f"{name}.weight"].T + state.get(f"{name}.bias", 0.0)
+
+    image = image.double().numpy()
+    kernel = state["patch_embed.proj.weight"].reshape(len(state["patch_embed.proj.weight"]), -1)
+    tokens = [state["cls_token"][0, 0]]
+    for top in range(0, image.shape[1], patch):
+        for left in range(0, image.shape[2], patch):
+            tokens.append(kernel @ image[:, top : top + patch, left : left + patch].ravel() +
+            state["patch_embed.proj.bias"])
+    x = np.stack(tokens) + plain_interpolation(torch.from_numpy(state["pos_embed"]), *image.shape[1:], patch)
+    width, depth = x.shape[1] // heads, 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
+    for block in range(depth):
+        qkv = linear(norm(x, f"blocks.{block}.norm1"), f"blocks.{block}.attn.qkv")
+        attended, attention = [], []
+        for head in range(heads):
+            q, k, v = (qkv[:, i * x.shape[1] + head * width : i * x.shape[1] + (head + 1) * width] for i in range(3))
+            scores = q @ k.T / math.sqrt(width)
+            weights = np.exp(scores - scores.max(-1, keepdims=True))
+            attention.append(weights / weights.sum(-1, keepdims=True))
+            attended.append(attention[-1] @ v)
+        x = x + linear(np.concatenate(attended, 1), f"blocks.{block}.attn.proj")
+        hidden = linear(norm(x, f"blocks.{block}.norm2"), f"blocks.{block}.mlp.fc1")
+        hidden = hidden * 0.5 * (1 + np.vectorize(math.erf)(hidden / math.sqrt(2)))
+        x = x + linear(hidden, f"blocks.{block}.mlp.fc2")
+    return norm(x, "norm"), np.stack(attention)
+
+
+def dinov2_twin(model):
+    """A Dinov2Model with the weights of ours: the same network at the trained image size."""
+    config = model.config
+    twin = Dinov2Model(
+        Dinov2Config(
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            patch_size=config.patch_size,
+            image_size=config.image_size,
+            layerscale_value=1.0,
+            use_mask_token=False,
+        )
+    ).eval()
+    dino = model.to_dino_state_dict()
+    state = {
+        "embeddings.cls_token": dino["cls_token"],
+        "embeddings.position_embeddings": dino["pos_embed"],
+        "embeddings.patch_embeddings.projection.weight": dino["patch_embed.proj.weight"],
+        "embeddings.patch_embeddings.projection.bias": dino["patch_embed.proj.bias"],
+        "layernorm.weight": dino["norm.weight"],
+        "layernorm.bias": dino["norm.bias"],
+    }
+    for block in range(config.num_hidden_layers):
+        there, here = f"encoder.layer.{block}.", f"blocks.{block}."
+        for kind in ("weight", "bias"):
+            for name, part in zip("qkv", dino[here + f"attn.qkv.{kind}"].chunk(3), strict=True):
+                state[there + f"attention.{name}_proj.{kind}"] = part
+            state[there + f"attention.o_proj.{kind}"] = dino[here + f"attn.proj.{kind}"]
+            for name in ("norm1", "norm2", "mlp.fc1", "mlp.fc2"):
+                state[there + f"{name}.{kind}"] = dino[here + f"{name}.{kind}"]
+        for scale in ("layer_scale1", "layer_scale2"):
+            state[there + f"{scale}.lambda1"] = torch.ones(config.hidden_size)
+    twin.load_state_dict(state)
+    return twin
+
+
+# --- the network
+
+
+def test_equals_dinov2_at_the_trained_size():
+    model = small_model()
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        ours, theirs = model(images), dinov2_twin(model)(images)
+    assert ours.last_hidden_state.shape == (2, 65, 32)
+    torch.testing.assert_close(ours.last_hidden_state, theirs.last_hidden_state, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(ours.pooler_output, theirs.pooler_output, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_equals_dinov2_as_vit_s8_at_224():
+    torch.manual_seed(0)
+    model = WSDinoModel(WSDinoConfig()).eval()
+    images = torch.rand(1, 1, 224, 224)
+    with torch.no_grad():
+        ours, theirs = model(images), dinov2_twin(model)(images.expand(-1, 3, -1, -1))
+    assert ours.last_hidden_state.shape == (1, 785, 384) and ours.pooler_output.shape == (1, 384)
+    assert (ours.last_hidden_state - theirs.last_hidden_state).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 96), (64, 40), (112, 128), (128, 32), (24, 24)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_equals_a_plain_vit_at_any_size(size, channels):
+    model = small_model(num_attention_heads=4)
+    images = torch.rand(2, channels, *size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        tokens = model(images).last_hidden_state
+    for image, ours in zip(images, tokens, strict=True):
+        plain, _ = plain_vit(model.to_dino_state_dict(), image.expand(3, -1, -1), heads=4, patch=8)
+        assert np.abs(ours.numpy() - plain).max() < 1e-4
+
+
+@pytest.mark.parametrize(("table", "size"), [(28, (96, 96)), (28, (224, 256)), (28, (448, 448)), (8, (64, 40))])
+def test_position_embeddings_are_sampled_as_the_original_does(table, size):
+    model = small_model(num_hidden_layers=1, image_size=8 * table)
+    model.embeddings.position_embeddings.data = torch.randn(1, 1 + table**2, 32)
+    ours = model.embeddings.interpolate_position_embeddings(*size)[0].detach().numpy()
+    plain = plain_interpolation(model.embeddings.position_embeddings.detach(), *size, 8)
+    # float32 against float64: PyTorch computes the sampled places in float32
+    assert np.abs(ours - plain).max() < 2e-4
+
+
+def test_as_many_patches_in_another_shape_are_interpolated_too():
+    model = small_model(image_size=32)
+    assert model.embeddings.interpolate_position_embeddings(32, 32) is model.embeddings.position_embeddings
+    assert not torch.equal(
+        model.embeddings.interpolate_position_embeddings(16, 64), model.embeddings.position_embeddings
+    )
+
+
+def test_one_channel_equals_gray_replicated_in_output_and_gradients():
+    model = small_model()
+    gray = torch.rand(2, 1, 64, 64)
+    gradients = []
+    for images in (gray, gray.expand(-1, 3, -1, -1)):
+        model.zero_grad()
+        model(images).pooler_output.square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    for one, three in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, three, atol=1e-3, rtol=1e-3)
+    assert model.embeddings.patch_embeddings.weight.shape == (32, 3, 8, 8)
+
+
+def test_cls_only_is_exact_and_smaller():
+    model = small_model()
+    images = torch.rand(2, 1, 64, 48)
+    whole, alone = model(images), model(images, cls_only=True)
+    assert alone.last_hidden_state.shape == (2, 1, 32)
+    torch.testing.assert_close(alone.pooler_output, whole.pooler_output, atol=1e-5, rtol=1e-5)
+    gradients = []
+    for output in (whole, alone):
+        model.zero_grad()
+        output.pooler_output.square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+
+
+def test_sdpa_is_the_default_and_equals_eager_which_returns_attentions():
+    model = small_model()
+    assert model.config._attn_implementation == "sdpa"
+    images = torch.rand(2, 1, 64, 40)
+    with torch.no_grad():
+        fast = model(images)
+        model.set_attn_implementation("eager")
+        slow = model(images, output_attentions=True, output_hidden_states=True)
+    torch.testing.assert_close(fast.last_hidden_state, slow.last_hidden_state, atol=1e-5, rtol=1e-5)
+    assert len(slow.attentions) == 3 and len(slow.hidden_states) == 4
+    assert all(weights.shape == (2, 2, 41, 41) for weights in slow.attentions)
+    torch.testing.assert_close(model.norm(slow.hidden_states[-1]), slow.last_hidden_state)
+    _, plain = plain_vit(model.to_dino_state_dict(), images[0].expand(3, -1, -1), heads=2, patch=8)
+    assert np.abs(slow.attentions[-1][0].numpy() - plain).max() < 1e-5
+
+
+def test_return_dict_false_gives_a_tuple():
+    model = small_model()
+    images = torch.rand(1, 1, 64, 64)
+    last, pooled = model(images, return_dict=False)
+    assert last.shape == (1, 65, 32) and pooled.shape == (1, 32)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_attention_maps_are_the_last_blocks_cls_row(implementation):
+    model = small_model()
+    model.set_attn_implementation(implementation)
+    images = torch.rand(2, 1, 64, 40)
+    maps = model.attention_maps(images).detach()
+    assert maps.shape == (2, 2, 8, 5)
+    for image, ours in zip(images, maps, strict=True):
+        _, plain = plain_vit(model.to_dino_state_dict(), image.expand(3, -1, -1), heads=2, patch=8)
+        assert np.abs(ours.numpy() - plain[:, 0, 1:].reshape(2, 8, 5)).max() < 1e-5
+
+
+@pytest.mark.parametrize("mass", [0.05, 0.6, 0.95, 1.0])
+def test_the_mass_mask_keeps_the_fewest_patches_that_hold_the_mass(mass):
+    maps = torch.rand(3, 2, 5, 7, generator=torch.Generator().manual_seed(0)) ** 4
+    mask = attention_mass_mask(maps, mass)
+    assert mask.shape == maps.shape and mask.dtype == torch.bool
+    for weights, kept in zip(maps.reshape(6, -1).double(), mask.reshape(6, -1), strict=True):
+        exact = sorted(map(Fraction, weights.tolist()), reverse=True)
+        held, count = Fraction(0), 0
+        while held < Fraction(mass) * sum(exact):
+            held, count = held + exact[count], count + 1
+        assert kept.sum() == count
+        assert weights[kept].min() >= weights[~kept].max() if 0 < count < len(weights) else True
+        assert weights[kept].sum() >= mass * weights.sum() * (1 - 1e-9)
+
+
+def test_the_mass_mask_refuses_a_share_that_is_none():
+    for mass in (0.0, 1.5):
+        with pytest.raises(ValueError, match="mass must be above 0 and at most 1"):
+            attention_mass_mask(torch.ones(2, 2), mass)
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ((1, 1, 64, 60), "64x60 pixels does not divide into patches of 8x8: crop it"),
+        ((1, 2, 64, 64), "2 channels, but a tower takes 1 .* or 3"),
+        ((1, 64, 64), "must be .batch, channels, height, width."),
+        ((1, 1, 0, 64), "0x64 pixels"),
+    ],
+)
+def test_images_that_do_not_fit_are_refused_in_a_sentence(shape, words):
+    with pytest.raises(ValueError, match=words):
+        small_model()(torch.rand(*shape))
+
+
+def test_half_precision_runs_and_stays_near():
+    model = small_model(scale=1.0)
+    images = torch.rand(2, 1, 96, 96)
+    with torch.no_grad():
+        exact = model(images).pooler_output
+        half = model.to(torch.bfloat16)(images).pooler_output
+    assert half.dtype == torch.bfloat16
+    assert torch.nn.functional.cosine_similarity(exact, half.float()).min() > 0.99
+
+
+# --- training
+
+
+def test_initialisation_is_dinos_and_follows_the_seed():
+    torch.manual_seed(0)
+    model = WSDinoModel(WSDinoConfig(num_hidden_layers=2))
+    state = model.to_dino_state_dict()
+    for key in ("blocks.0.attn.qkv.weight", "blocks.1.mlp.fc2.weight", "pos_embed"):
+        assert abs(state[key].std().item() - 0.02) < 1e-3 and abs(state[key].mean().item()) < 1e-3
+    assert abs(state["cls_token"].std().item() - 0.02) < 3e-3
+    # PyTorch's default for a convolution: uniform within 1 / sqrt(fan in)
+    bound = 1 / math.sqrt(3 * 8 * 8)
+    patch = state["patch_embed.proj.weight"]
+    assert patch.abs().max() <= bound and abs(patch.std().item() - bound / math.sqrt(3)) < 1e-3
+    for key, value in state.items():
+        if "norm" in key:
+            assert (value == (1 if key.endswith("weight") else 0)).all()
+        elif key.endswith("bias") and "patch" not in key:
+            assert (value == 0).all()
+    torch.manual_seed(0)
+    again = WSDinoModel(WSDinoConfig(num_hidden_layers=2)).to_dino_state_dict()
+    assert all(torch.equal(state[key], again[key]) for key in state)
+
+
+def test_drop_path_drops_whole_samples_and_keeps_the_expectation():
+    torch.manual_seed(0)
+    drop = WSDinoDropPath(0.3).train()
+    branch = torch.randn(20_000, 2, 3)
+    dropped = drop(branch)
+    rows = (dropped == 0).flatten(1).all(1)
+    assert abs(rows.double().mean().item() - 0.3) < 0.02
+    torch.testing.assert_close(dropped[~rows], branch[~rows] / 0.7)
+    assert torch.equal(drop.eval()(branch), branch)
+
+
+def test_drop_path_rises_linearly_over_depth_and_works_in_training_only():
+    model = small_model(drop_path_rate=0.2, num_hidden_layers=5)
+    assert [layer.drop_path.rate for layer in model.layers] == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
+    images = torch.rand(1, 1, 64, 64).expand(16, -1, -1, -1)
+    still = model(images).pooler_output
+    torch.testing.assert_close(still, still[:1].expand(16, -1))
+    model.train()
+    torch.manual_seed(0)
+    first = model(images).pooler_output
+    assert not torch.allclose(first, first[:1].expand(16, -1), atol=1e-3)
+    torch.manual_seed(0)
+    torch.testing.assert_close(model(images).pooler_output, first)
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    model = small_model(drop_path_rate=0.3).train()
+    images = torch.rand(4, 1, 64, 40)
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable()
+            assert all(layer.gradient_checkpointing for layer in model.layers)
+        model.zero_grad()
+        torch.manual_seed(3)
+        model(images, cls_only=True).pooler_output.square().sum().backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert torch.isfinite(gradient).all(), name
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+def test_training_reaches_every_parameter():
+    model = small_model().train()
+    model(torch.rand(2, 1, 64, 40)).pooler_output.square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in model.parameters())
+
+
+# --- files and names
+
+
+def test_save_and_load_round_trip(tmp_path):
+    model = small_model(channel_names=["actin"])
+    model.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    loaded = WSDinoModel.from_pretrained(tmp_path)
+    images = torch.rand(1, 1, 64, 64)
+    assert loaded.config.channel_names == ["actin"]
+    assert torch.equal(loaded(images).pooler_output, model(images).pooler_output)
+
+
+def test_every_parameter_has_a_name_in_the_original(tmp_path):
+    model = small_model(num_hidden_layers=2)
+    expected = {"cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
+    expected |= {"norm.weight", "norm.bias"}
+    for block in range(2):
+        for name in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"):
+            expected |= {f"blocks.{block}.{name}.weight", f"blocks.{block}.{name}.bias"}
+    assert model.to_dino_state_dict().keys() == expected
+
+
+@pytest.fixture
+def dino_files(tmp_path):
+    """A model, and a function that writes its weights in an original layout."""
+    model = small_model(hidden_size=64, num_attention_heads=1, num_hidden_layers=2)
+
+    def write(kind):
+        bare = model.to_dino_state_dict()
+        wrapped = {f"module.backbone.{key}": value for key, value in bare.items()}
+        wrapped["module.head.mlp.0.weight"] = torch.zeros(4, 4)
+        other = {key: torch.zeros_like(value) for key, value in wrapped.items()}
+        checkpoint = {
+            "bare": bare,
+            "bare with head": bare | {"head.weight": torch.zeros(2, 2)},
+            "full": {
+                "student": other,
+                "teacher": wrapped,
+                "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]},
+                "epoch": 7,
+                "args": argparse.Namespace(arch="vit_small", patch_size=8),
+                "dino_loss": {"center": torch.zeros(1, 8)},
+            },
+            "student": {"student": wrapped, "teacher": other, "epoch": 1},
+            "student alone": {"student": wrapped},
+        }[kind]
+        path = tmp_path / f"{kind}.pth"
+        torch.save(checkpoint, path)
+        return path
+
+    return model, write
+
+
+@pytest.mark.parametrize("kind", ["bare", "bare with head", "full", "student", "student alone"])
+def test_original_checkpoints_are_read(dino_files, kind):
+    model, write = dino_files
+    network = "student" if kind == "student" else None
+    loaded = WSDinoModel.from_dino_checkpoint(write(kind), network=network, channel_names=["dna"])
+    assert loaded.config.channel_names == ["dna"] and not loaded.training
+    for name in SMALL.keys() - {"hidden_size", "num_hidden_layers", "num_attention_heads"}:
+        assert getattr(loaded.config, name) == SMALL[name]
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+    assert [getattr(loaded.config, name) for name in names] == [64, 2, 1]
+    images = torch.rand(1, 1, 64, 40)
+    assert torch.equal(loaded(images).pooler_output, model(images).pooler_output)
+
+
+def test_a_given_config_keeps_what_shapes_do_not_tell(dino_files):
+    model, write = dino_files
+    config = WSDinoConfig(num_attention_heads=2, drop_path_rate=0.1, patch_size=16)
+    loaded = WSDinoModel.from_dino_checkpoint(write("bare"), config)
+    assert (loaded.config.num_attention_heads, loaded.config.drop_path_rate) == (2, 0.1)
+    assert (loaded.config.patch_size, loaded.config.hidden_size) == (8, 64)
+
+
+class Payload:
+    """What a hostile checkpoint could hold."""
+
+    def __reduce__(self):
+        return (print, ("this must never run",))
+
+
+def test_files_that_are_no_checkpoint_are_refused_in_a_sentence(dino_files, tmp_path, capsys):
+    model, write = dino_files
+    bare = torch.load(write("bare"), weights_only=True)
+    head = {"module.head.mlp.0.weight": torch.zeros(2, 2)}
+    cases = {
+        "head": ({"teacher": head}, "holds no DINO backbone"),
+        "missing": ({k: v for k, v in bare.items() if k != "norm.bias"}, "lacks norm.bias"),
+        "unknown": (bare | {"blocks.0.ls1.gamma": torch.zeros(64)}, "has unknown blocks.0.ls1.gamma"),
+        "empty": ({}, "holds no DINO backbone"),
+        "tensor": (torch.zeros(3), "holds a Tensor, not a state dict"),
+        "shape": (bare | {"norm.bias": torch.zeros(3)}, "norm.bias is .3,., where .64,. is needed"),
+        "payload": ({"teacher": Payload()}, "cannot be read safely"),
+    }
+    for name, (content, words) in cases.items():
+        path = tmp_path / f"{name}.pth"
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=words) as caught:
+            WSDinoModel.from_dino_checkpoint(path)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert "this must never run" not in capsys.readouterr().out
+    (tmp_path / "text.pth").write_text("hello")
+    (tmp_path / "text.safetensors").write_text("hello")
+    (tmp_path / "pickle.pth").write_bytes(pickle.dumps({"a": 1}))
+    for name in ("text.pth", "text.safetensors", "pickle.pth"):
+        with pytest.raises(ValueError, match=name):
+            WSDinoModel.from_dino_checkpoint(tmp_path / name)
+    with pytest.raises(ValueError, match="absent.pth is not a file"):
+        WSDinoModel.from_dino_checkpoint(tmp_path / "absent.pth")
+    with pytest.raises(ValueError, match="holds no teacher network"):
+        WSDinoModel.from_dino_checkpoint(write("student alone"), network="teacher")
+    with pytest.raises(ValueError, match="network must be 'teacher' or 'student'"):
+        WSDinoModel.from_dino_checkpoint(write("full"), network="tutor")
+
+
+# --- the combined model
+
+
+def test_the_combined_model_is_its_towers_side_by_side():
+    model = small_model(cls=WSDinoMultiChannelModel, channel_names=["dna", "tubulin", "actin"])
+    images = torch.rand(2, 3, 64, 40)
+    output = model(images)
+    assert output.pooler_output.shape == (2, 96) and output.last_hidden_state.shape == (2, 41, 96)
+    for index, channel in enumerate(("dna", "tubulin", "actin")):
+        alone = model.towers[channel](images[:, index : index + 1])
+        part = slice(32 * index, 32 * (index + 1))
+        torch.testing.assert_close(output.pooler_output[:, part], alone.pooler_output)
+        torch.testing.assert_close(output.last_hidden_state[..., part], alone.last_hidden_state)
+    assert model(images, cls_only=True).last_hidden_state.shape == (2, 1, 96)
+    assert len(model(images, return_dict=False)) == 2
+
+
+def test_the_combined_model_changes_attention_in_every_tower():
+    model = small_model(cls=WSDinoMultiChannelModel, channel_names=["dna", "actin"])
+    images = torch.rand(1, 2, 64, 64)
+    maps = model.attention_maps(images)
+    model.set_attn_implementation("eager")
+    output = model(images, output_attentions=True, output_hidden_states=True)
+    assert len(output.attentions) == 3 and output.attentions[0].shape == (1, 4, 65, 65)
+    assert len(output.hidden_states) == 4 and output.hidden_states[0].shape == (1, 65, 64)
+    torch.testing.assert_close(maps.flatten(2), output.attentions[-1][:, :, 0, 1:])
+
+
+def test_the_combined_model_names_its_channels():
+    with pytest.raises(ValueError, match="needs channel_names"):
+        WSDinoMultiChannelModel(WSDinoConfig(**SMALL))
+    model = small_model(cls=WSDinoMultiChannelModel, channel_names=["dna", "actin"])
+    with pytest.raises(ValueError, match="the channels dna, actin in this order"):
+        model(torch.rand(1, 3, 64, 64))
