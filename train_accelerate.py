@@ -155,25 +155,23 @@ def describe_run(arguments: TrainingArguments, dataset, path: str, accelerator: 
     }
 
 
-def open_run(arguments: TrainingArguments, description: dict) -> None:
-    """Make the run folder, or check that it holds this very run.
+def check_run_folder(arguments: TrainingArguments) -> None:
+    """Refuse a folder that holds something else, or this run with other settings.
 
     Raises:
-        TrainingError: the folder holds something else, or this run with other settings.
+        TrainingError: naming the folder and the settings that differ.
     """
     run = Path(arguments.output_dir)
     settings = run / "settings.json"
     if settings.exists():
         if not arguments.resume:
             raise TrainingError(f"{run} already holds a run: give --resume to continue it, or another --output_dir.")
-        changed = changed_settings(json.loads(settings.read_text())["settings"], description["settings"])
+        changed = changed_settings(json.loads(settings.read_text())["settings"], asdict(arguments))
         if changed:
             flags = ", ".join(f"--{name}" for name in changed)
             raise TrainingError(f"{run} holds a run with other settings ({flags}): give another --output_dir.")
-    elif run.exists() and any(run.iterdir()):
+    elif run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise TrainingError(f"{run} is not empty and holds no run: give another --output_dir.")
-    run.mkdir(parents=True, exist_ok=True)
-    write_json(settings, description)
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -250,9 +248,6 @@ class ChannelRun:
         )
         self._prepare_data(dataset)
         self._prepare_networks()
-        if arguments.trackers:
-            plain = {k: v for k, v in asdict(arguments).items() if isinstance(v, int | float | str | bool)}
-            self.accelerator.init_trackers("wsdino", config=plain)
 
     def _prepare_data(self, dataset) -> None:
         a, columns = self.arguments, dataset.column_names
@@ -364,6 +359,9 @@ class ChannelRun:
             accelerator.print(f"{self.channel}: already trained to step {first_step}.")
             return True
         self._open_log(first_step)
+        if a.trackers:
+            plain = {k: v for k, v in asdict(a).items() if isinstance(v, int | float | str | bool)}
+            accelerator.init_trackers("wsdino", config=plain)
         batches = PairBatchSampler(
             self.pairs,
             batch_size=a.batch_size,
@@ -560,13 +558,17 @@ def train(arguments: TrainingArguments) -> bool:
     expected = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != expected:
         raise TrainingError(f"{expected} processes were launched but {accelerator.num_processes} work together.")
-    dataset, path = load_screen(arguments, accelerator)
-    if accelerator.is_main_process:
-        open_run(arguments, describe_run(arguments, dataset, path, accelerator))
+    check_run_folder(arguments)
     accelerator.wait_for_everyone()
+    dataset, path = load_screen(arguments, accelerator)
     run = Path(arguments.output_dir)
     for channel in arguments.channels:
-        if not ChannelRun(arguments, channel, dataset, run).train():
+        channel_run = ChannelRun(arguments, channel, dataset, run)
+        # Only now, when every setting has proved usable, does the run begin to exist.
+        if channel == arguments.channels[0] and accelerator.is_main_process:
+            run.mkdir(parents=True, exist_ok=True)
+            write_json(run / "settings.json", describe_run(arguments, dataset, path, accelerator))
+        if not channel_run.train():
             return False
     if accelerator.is_main_process and len(arguments.channels) > 1:
         build_combined_repository(run / "model", {name: run / name / "model" for name in arguments.channels})

@@ -1,0 +1,59 @@
+# Works on a machine with Python >= 3.10, pip and make; safe to repeat, sets up once.
+#   make demo    the whole way on simulated images -> runs/demo/report.html, runs/demo/results.json
+#   make test    every test     make test-fast    without the slow ones     make lint    style
+#
+# torch is pinned for development; another build, such as a CUDA or CPU wheel index, is one variable away:
+#   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+LAUNCH := $(BIN)/accelerate launch --quiet --num_machines 1 --mixed_precision no --dynamo_backend no
+
+# glibc gives freed memory back to the system and takes fresh pages at the next step, which costs more than the memory
+# is worth while training on a CPU; these keep it. Other systems ignore the variable.
+KEEP_MEMORY := GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=34359738368
+
+.PHONY: setup demo test test-fast lint clean-demo
+
+setup: $(READY)
+
+$(READY): setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "Python 3.10 or newer is needed; name one with 'make PYTHON=python3.11 ...'."; exit 2; }
+	@echo "Setting up $(VENV): $(TORCH), then this project and its test tools (some minutes, once) ..."
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) \
+		|| { $(PYTHON) -m pip install --quiet --user virtualenv && $(PYTHON) -m virtualenv --quiet $(VENV); }
+	@$(PIP) $(TORCH)
+	@$(PIP) --editable '.[dev]'
+	@touch $(READY)
+	@echo "$(VENV) is ready."
+
+demo: $(READY)
+	@echo "1/4 Training: simulates a small screen if there is none, then one network a channel."
+	@$(KEEP_MEMORY) $(LAUNCH) train_accelerate.py --preset demo --resume
+	@echo "2/4 Profiles of every field, by the trained and an untrained network and by intensity statistics."
+	@$(BIN)/wsdino-extract runs/demo
+	@echo "3/4 Evaluation."
+	@$(BIN)/wsdino-evaluate runs/demo
+	@echo "4/4 Report."
+	@$(BIN)/wsdino-report runs/demo
+	@echo "Done: open runs/demo/report.html; the numbers are in runs/demo/results.json."
+
+test: $(READY)
+	@echo "Style, then every test on two processes."
+	@$(BIN)/ruff check .
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-fast: $(READY)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+lint: $(READY)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+clean-demo:
+	@rm -rf runs/demo data/simulated_demo data/simulated_demo_raw
+	@echo "Removed the demo's run and its simulated screen."
