@@ -11,10 +11,14 @@ settings          the run's settings.json as it stands (null without one); versi
 protocol          normalization, aggregation, metric, batch_rule, exclude: the words for what was done
 counts            fields, dmso_fields, treatments, scored_treatments, compounds, moas, plates, batches
 sets.<set>        of each profile file: nsc, nscb, nsc_correct, nsc_total, nscb_correct, nscb_total, nscb_excluded, ...
-                  (every key of the not_same_compound metric), treatments (names in the order of the queries' `row`),
+                  (every key of the not_same_compound metric), nsc_wilson, nsc_bootstrap (95 % intervals, treatments
+                  taken as independent, and compounds drawn anew), nsc_null (see `permutation_null`), and for nscb;
+                  treatments (names in the order of the queries' `row`), batches, map (x and y of each, `map_method`),
                   channels.<channel> (nsc, nscb, ... of that channel alone; participation_ratio of its raw features)
 training.<channel> last_step, last_loss, and collapse: verdict ("healthy", "suspect", "collapsed" or "unknown"),
                   reasons (sentences), last (the monitors' last values)
+comparisons       for every set but the headline's: {"first": set, "second": headline's, "nsc": ..., "nscb": ...}, see
+                  `compare_paired`
 headline          the set the run is about ("trained", else the first) and its nsc and nscb
 """
 
@@ -39,6 +43,7 @@ from .profiles import (
     normalize_profiles,
     read_profiles,
 )
+from .uncertainty import bootstrap_interval, compare_paired, permutation_null, wilson_interval
 
 SETS = ("untrained", "intensity", "init", "trained")  # the order in which sets are shown; others follow by name
 
@@ -166,7 +171,17 @@ def evaluate_set(profiles, normalizer=None, **options):
     treatments = aggregate_profiles(normalized)
     metadata = [column for column in treatments.columns if str(column).startswith("Metadata_")]
     result = score_treatments(treatments, **options)
+    for prefix in ("nsc", "nscb"):
+        scored = [query for query in result[f"{prefix}_queries"] if query["excluded"] is None]
+        result[f"{prefix}_wilson"] = wilson_interval(result[f"{prefix}_correct"], result[f"{prefix}_total"])
+        result[f"{prefix}_bootstrap"] = bootstrap_interval(
+            [query["correct"] for query in scored], [query["compound"] for query in scored]
+        )
+        result[f"{prefix}_null"] = permutation_null(result[f"{prefix}_queries"])
     result["treatments"] = treatments["Metadata_Treatment"].tolist()
+    result["batches"] = treatments["Metadata_Batch"].tolist()
+    columns = [column for names in feature_columns(treatments).values() for column in names]
+    result["map"], result["map_method"] = map_treatments(treatments[columns].to_numpy())
     result["channels"] = {}
     raw = feature_columns(profiles)
     for channel, columns in feature_columns(treatments).items():
@@ -176,6 +191,36 @@ def evaluate_set(profiles, normalizer=None, **options):
         summary["features"] = len(raw[channel])
         result["channels"][channel] = summary
     return result
+
+
+def map_treatments(vectors, seed=0):
+    """Two coordinates a row for a picture, and the method's name: t-SNE of cosine distances, for a few rows PCA."""
+    count = len(vectors)
+    if count < 8 or not np.any(vectors):
+        centred = vectors - vectors.mean(axis=0)
+        left, singular, _ = np.linalg.svd(centred, full_matrices=False)
+        points = np.zeros((count, 2))
+        points[:, : min(2, len(singular))] = (left * singular)[:, :2]
+        return points.round(4).tolist(), "PCA"
+    from sklearn.manifold import TSNE
+
+    # Rows are unit vectors, whose Euclidean distances order as their cosines do.
+    perplexity = min(30.0, (count - 1) / 4)
+    points = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(vectors)
+    return points.round(3).tolist(), f"t-SNE, perplexity {perplexity:g}, seed {seed}"
+
+
+def _answers(scores, prefix):
+    return {
+        name: (query["correct"], query["compound"])
+        for name, query in zip(scores["treatments"], scores[f"{prefix}_queries"], strict=True)
+        if query["excluded"] is None
+    }
+
+
+def compare_sets(first, second, prefix):
+    """`compare_paired` of two entries of results.json, by treatment; prefix is "nsc" or "nscb"."""
+    return compare_paired(_answers(first, prefix), _answers(second, prefix))
 
 
 def _counts(profiles):
@@ -280,6 +325,15 @@ def evaluate_run(run_folder, *, normalizer=None, progress=True, **options):
         "simulated": any("simulated" in source.lower() for source in sources),
         "sources": sorted(sources),
         "headline": {"set": main_set, "nsc": sets[main_set]["nsc"], "nscb": sets[main_set]["nscb"]},
+        "comparisons": [
+            {
+                "first": name,
+                "second": main_set,
+                **{prefix: compare_sets(sets[name], sets[main_set], prefix) for prefix in ("nsc", "nscb")},
+            }
+            for name in order
+            if name != main_set
+        ],
         "counts": counts[main_set],
         "protocol": {
             "normalization": f"{normalizer!r}, fitted on DMSO fields, each channel alone",
@@ -310,9 +364,15 @@ def format_table(results):
             return "no query"
         return f"{100 * value:5.1f} % ({score[f'{prefix}_correct']}/{score[f'{prefix}_total']})"
 
+    def interval(score, prefix):
+        low, high = score[f"{prefix}_bootstrap"]
+        return "" if low is None else f"{100 * low:.0f}-{100 * high:.0f} %"
+
     lines = [f"{'':<24}{'NSC':>18}{'NSCB':>18}{'dimensions in use':>20}"]
     for name, scores in results["sets"].items():
         lines.append(f"{name:<24}{share(scores, 'nsc'):>18}{share(scores, 'nscb'):>18}")
+        line = f"{interval(scores, 'nsc'):>18}{interval(scores, 'nscb'):>18}"
+        lines.append(f"{'  95 %, by compound':<24}{line}")
         for channel, part in scores["channels"].items():
             ratio = f"{part['participation_ratio']:.1f} of {part['features']}"
             lines.append(f"  {channel:<22}{share(part, 'nsc'):>18}{share(part, 'nscb'):>18}{ratio:>20}")

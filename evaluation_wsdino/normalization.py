@@ -1,8 +1,8 @@
 """Typical variation normalization (TVN): whitening in which the spread of untreated cells becomes the unit sphere.
 
 Ando, McLean and Berndl 2017; as used by Cross-Zamirski et al. 2022: PCA whitening fitted on DMSO fields, a channel at
-a time. Whitening divides by the spread seen among the DMSO fields, so a direction whose spread is underestimated, as the
-last ones always are when there are hardly more fields than features, drowns all others. Hence the guards below.
+a time. Whitening divides by the spread seen among the DMSO fields, so a direction whose spread is underestimated, as
+the last ones always are when there are hardly more fields than features, drowns all others. Hence the guards below.
 """
 
 import numpy as np

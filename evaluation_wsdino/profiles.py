@@ -131,7 +131,8 @@ def aggregate_profiles(profiles, *, within_plate="mean", across_plates="median",
     -------
     pandas.DataFrame
         One row a treatment, sorted by name: Metadata_Treatment, Metadata_Compound, Metadata_Concentration,
-        Metadata_MOA, Metadata_Batch and Metadata_Plate (several names joined by "|"), Metadata_Fields (their number), features.
+        Metadata_MOA, Metadata_Batch and Metadata_Plate (several names joined by "|"), Metadata_Fields (their number),
+        then the features.
 
     Raises
     ------

@@ -1,0 +1,616 @@
+"""One self-contained HTML page about one run or several, and the command `wsdino-report RUN [RUN ...]`.
+
+The page reads what `wsdino-evaluate` wrote (results.json), the training logs, and `pictures/*.png`; it holds every
+style, script and picture itself, asks the network for nothing, and escapes every name that came from data.
+"""
+
+import argparse
+import base64
+import io
+import json
+import os
+from collections import Counter
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+
+from tqdm import tqdm
+
+from .evaluate_profiles import SETS, compare_sets, read_metrics
+from .profiles import ProfileError
+from .report_charts import bars, colour, confusion_table, line_chart, number, percent, scatter_map
+
+_SET_NOTES = {
+    "trained": "the network after training",
+    "untrained": "the same network with random weights",
+    "init": "the network before training, as it was initialised",
+    "intensity": "mean, spread and percentiles of the pixels alone",
+}
+
+
+def _load_json(path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ProfileError(
+            f"{path} is not JSON ({error.msg}, line {error.lineno}): run wsdino-evaluate again."
+        ) from None
+
+
+def _data_uri(data, kind):
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
+
+
+def load_run(folder, dataset=None):
+    """What the page needs of one run folder: results, logs and pictures.
+
+    Parameters
+    ----------
+    folder : str or Path
+        A run folder with a results.json.
+    dataset : str, False or None
+        Folder of the dataset whose previews become thumbnails; None takes the one in the run's settings where it still
+        exists, False none.
+
+    Returns
+    -------
+    dict
+        name, results, metrics {channel: lines}, pictures {file stem: data URI}, thumbnails {treatment: data URI}.
+
+    Raises
+    ------
+    ProfileError
+        If the folder or its results.json is missing or not as wsdino-evaluate writes it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ProfileError(f"{folder} is not a folder: name a run folder, like runs/demo.")
+    path = folder / "results.json"
+    if not path.exists():
+        raise ProfileError(f"{path} does not exist: run wsdino-evaluate {folder} first.")
+    results = _load_json(path)
+    if not isinstance(results, dict) or results.get("format") != 1 or not results.get("sets"):
+        raise ProfileError(f"{path} is not a result of this version of wsdino-evaluate: run it again.")
+    pictures = {}
+    for picture in sorted(folder.glob("pictures/*.png")):
+        pictures[picture.stem] = _data_uri(picture.read_bytes(), "png")
+    if dataset is None:
+        settings = results.get("settings") or {}
+        recorded = settings.get("dataset")
+        dataset = recorded.get("path") if isinstance(recorded, dict) else recorded
+    return {
+        "name": folder.resolve().name,
+        "results": results,
+        "metrics": {log.parent.name: read_metrics(log) for log in sorted(folder.glob("*/metrics.jsonl"))},
+        "pictures": pictures,
+        "thumbnails": load_thumbnails(dataset) if dataset and Path(dataset).is_dir() else {},
+    }
+
+
+def load_thumbnails(dataset, size=72):
+    """`{treatment: data URI}` of the preview of each treatment's first field in a built dataset's folder."""
+    from datasets import Image, load_dataset
+
+    table = load_dataset(str(dataset), "annotated", split="train").select_columns(["treatment", "preview"])
+    table = table.cast_column("preview", Image(decode=True))
+    first = {}
+    for index, treatment in enumerate(table["treatment"]):
+        first.setdefault(treatment, index)
+    thumbnails = {}
+    for treatment, index in first.items():
+        picture = table[index]["preview"]
+        if picture is None:
+            continue
+        picture = picture.convert("RGB")
+        side = min(picture.size)
+        left, top = (picture.width - side) // 2, (picture.height - side) // 2
+        picture = picture.crop((left, top, left + side, top + side)).resize((size, size))
+        buffer = io.BytesIO()
+        picture.save(buffer, "JPEG", quality=80)
+        thumbnails[treatment] = _data_uri(buffer.getvalue(), "jpeg")
+    return thumbnails
+
+
+def _ordered(sets):
+    return sorted(sets, key=lambda name: (SETS.index(name) if name in SETS else len(SETS), name))
+
+
+def _interval(scores, prefix, kind="bootstrap"):
+    low, high = scores.get(f"{prefix}_{kind}") or (None, None)
+    return "" if low is None else f"{100 * low:.0f}–{100 * high:.0f} %"
+
+
+def _score(scores, prefix):
+    if scores[prefix] is None:
+        return "no query"
+    return f"{percent(scores[prefix])} ({scores[f'{prefix}_correct']}/{scores[f'{prefix}_total']})"
+
+
+def _p_value(value):
+    if value is None:
+        return "–"
+    return "p < 0.001" if value < 0.001 else f"p = {value:.2g}"
+
+
+def _table(head, rows, numeric=()):
+    """An HTML table; rows are (class, cells), cells are HTML already; `numeric` names right-aligned columns."""
+
+    def cell(tag, index, text):
+        kind = ' class="num"' if index in numeric else ""
+        return f"<{tag}{kind}>{text}</{tag}>"
+
+    head = "".join(cell("th", index, escape(text)) for index, text in enumerate(head))
+    body = []
+    for kind, cells in rows:
+        first, *others = cells
+        body.append(
+            f'<tr class="{kind}"><th scope="row">{first}</th>'
+            + "".join(cell("td", index, text) for index, text in enumerate(others, 1))
+            + "</tr>"
+        )
+    return f'<div class="scroll"><table class="plain"><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+
+
+def _headline(runs):
+    cards = []
+    for run in runs:
+        results = run["results"]
+        name = results["headline"]["set"]
+        scores = results["sets"][name]
+        for prefix, title, what in (
+            ("nsc", "NSC", "treatments matched to the right mechanism through another compound"),
+            ("nscb", "NSCB", "the same, through another compound in another batch"),
+        ):
+            label = f"{run['name']}: {title}" if len(runs) > 1 else f"{title}, {name}"
+            interval = _interval(scores, prefix)
+            others = [
+                f"{other} {percent(results['sets'][other][prefix])}"
+                for other in _ordered(results["sets"])
+                if other != name and results["sets"][other][prefix] is not None
+            ]
+            cards.append(
+                f'<div class="card">{escape(label)}<b>{percent(scores[prefix])}</b>'
+                f"<small>{scores[f'{prefix}_correct']} of {scores[f'{prefix}_total']} {what}</small>"
+                + (f"<small>95 % interval {interval} (compounds drawn anew)</small>" if interval else "")
+                + (f"<small>for comparison: {escape(', '.join(others))}</small>" if others else "")
+                + "</div>"
+            )
+    return f'<div class="cards">{"".join(cards)}</div>'
+
+
+def _sets_section(runs):
+    rows = []
+    for run in runs:
+        sets = run["results"]["sets"]
+        for name in _ordered(sets):
+            scores = sets[name]
+            title = f"{run['name']}: {name}" if len(runs) > 1 else name
+            note = f'<br><span class="soft">{escape(_SET_NOTES[name])}</span>' if name in _SET_NOTES else ""
+            cells = [f"<b>{escape(title)}</b>{note}"]
+            for prefix in ("nsc", "nscb"):
+                null = scores.get(f"{prefix}_null") or {}
+                cells += [
+                    f"<b>{_score(scores, prefix)}</b>",
+                    _interval(scores, prefix),
+                    f"{percent(null.get('null_mean'), 0)}, {_p_value(null.get('p_value'))}",
+                ]
+            rows.append(("", [*cells, ""]))
+            for channel, part in scores["channels"].items():
+                ratio = f"{number(part['participation_ratio'])} of {part['features']}"
+                cells = [escape(channel), _score(part, "nsc"), "", "", _score(part, "nscb"), "", "", ratio]
+                rows.append(("sub", cells))
+    head = ["Profiles", "NSC", "95 %", "by chance", "NSCB", "95 %", "by chance", "dimensions in use"]
+    return (
+        _table(head, rows, numeric=range(1, 8))
+        + '<p class="soft">The interval draws compounds anew, since treatments of one compound succeed and fail together. '
+        "By chance: the mean score with mechanisms dealt at random to compounds, and how often that does as well. "
+        "Dimensions in use: participation ratio of the features before normalization; near 1 they have collapsed.</p>"
+    )
+
+
+def _comparison_section(runs):
+    rows = []
+    for run in runs:
+        for comparison in run["results"].get("comparisons", []):
+            for prefix in ("nsc", "nscb"):
+                part = comparison[prefix]
+                if not part["compared"]:
+                    continue
+                title = f"{comparison['second']} against {comparison['first']}"
+                title = f"{run['name']}: {title}" if len(runs) > 1 else title
+                rows.append(_comparison_row(title, prefix, part))
+    if len(runs) > 1:
+        first = runs[0]
+        for run in runs[1:]:
+            sets = [item["results"]["sets"][item["results"]["headline"]["set"]] for item in (first, run)]
+            for prefix in ("nsc", "nscb"):
+                part = compare_sets(*sets, prefix)
+                if part["compared"]:
+                    rows.append(_comparison_row(f"{run['name']} against {first['name']}", prefix, part))
+    if not rows:
+        return ""
+    head = ["Comparison", "", "gained", "lost", "difference", "exact test", "by compound"]
+    return (
+        "<h2 id=comparison>Are the differences real?</h2>"
+        + _table(head, rows, numeric=(2, 3, 4, 5, 6))
+        + '<p class="soft">Gained and lost: treatments that only the first named, or only the other, got right. Exact test: '
+        "McNemar's, each changed treatment a fair coin. By compound: the two exchanged compound by compound, "
+        "the one to trust, since one compound often brings several treatments.</p>"
+    )
+
+
+def _comparison_row(title, prefix, part):
+    def names(treatments):
+        count = len(treatments)
+        return f'<span title="{escape(", ".join(treatments))}">{count}</span>' if count else "0"
+
+    difference = f"{100 * part['difference']:+.1f} points"
+    return (
+        "",
+        [
+            escape(title),
+            f"{prefix.upper()}, {part['compared']} treatments",
+            names(part["gained"]),
+            names(part["lost"]),
+            difference,
+            _p_value(part["p_exact"]),
+            _p_value(part["p_compound"]),
+        ],
+    )
+
+
+_MONITORS = (
+    ("Loss", (("loss", "loss", "solid"),)),
+    ("Teacher's entropy: of a target (solid), of their mean (dashed)", (
+        ("teacher_entropy", "a target", "solid"), ("mean_entropy", "their mean", "dashed"))),
+    ("KL divergence from teacher to student", (("kl", "KL", "solid"),)),
+    ("Dimensions in use (participation ratio)", (("participation_ratio", "participation ratio", "solid"),)),
+    ("Learning rate", (("lr", "learning rate", "solid"),)),
+    ("Images a second", (("images_per_second", "images a second", "solid"),)),
+)  # fmt: skip
+
+
+def _training_section(runs):
+    if not any(run["metrics"] for run in runs):
+        return ""
+    parts = ["<h2 id=training>Did training go well?</h2>"]
+    verdicts = []
+    for run in runs:
+        for channel, training in run["results"].get("training", {}).items():
+            collapse = training["collapse"]
+            kind = {"healthy": "ok", "collapsed": "miss", "suspect": "miss"}.get(collapse["verdict"], "soft")
+            title = f"{run['name']}, {channel}" if len(runs) > 1 else channel
+            verdicts.append(
+                f'<li>{escape(title)}: <b class="{kind}">{escape(collapse["verdict"])}</b>'
+                f"{escape('; '.join(['', *collapse['reasons']]))}</li>"
+            )
+    parts.append(
+        "<p>A falling loss alone proves nothing: a network can lower it by giving every image the same answer. "
+        f"The monitors tell that apart.</p><ul>{''.join(verdicts)}</ul>"
+    )
+    channels = sorted({channel for run in runs for channel in run["metrics"]}, key=_channel_key)
+    groups = [(None, channels)] if len(runs) == 1 else [(channel, [channel]) for channel in channels]
+    for heading, members in groups:
+        charts = []
+        for title, fields in _MONITORS:
+            series = []
+            for run_index, run in enumerate(runs):
+                for channel in members:
+                    lines = run["metrics"].get(channel, [])
+                    tint = colour(run_index if len(runs) > 1 else channels.index(channel))
+                    for field, label, style in fields:
+                        points = [(line["step"], line[field]) for line in lines if _is_number(line, field)]
+                        name = run["name"] if len(runs) > 1 else channel
+                        name = f"{name}, {label}" if len(fields) > 1 else name
+                        if points:
+                            series.append((name, *zip(*points, strict=True), tint, style))
+            charts.append(line_chart(title, series))
+        for prefix in ("nsc", "nscb"):
+            series = []
+            for run_index, run in enumerate(runs):
+                for channel in members:
+                    lines = run["metrics"].get(channel, [])
+                    points = [(line["step"], line[prefix]) for line in lines if _is_number(line, prefix)]
+                    if points:
+                        name = run["name"] if len(runs) > 1 else channel
+                        tint = colour(run_index if len(runs) > 1 else channels.index(channel))
+                        series.append((name, *zip(*points, strict=True), tint, "solid"))
+            charts.append(line_chart(f"{prefix.upper()} during training", series, share=True))
+        if heading:
+            parts.append(f"<h3>{escape(heading)}</h3>")
+        parts.append(f'<div class="grid-charts">{"".join(charts)}</div>')
+    best = _best_epochs(runs)
+    if best:
+        parts.append(best)
+    return "".join(parts)
+
+
+def _channel_key(channel):
+    order = ("dna", "tubulin", "actin")
+    return (order.index(channel) if channel in order else len(order), channel)
+
+
+def _is_number(line, field):
+    return isinstance(line.get(field), (int, float)) and isinstance(line.get("step"), (int, float))
+
+
+def _best_epochs(runs):
+    rows = []
+    for run in runs:
+        for channel, lines in run["metrics"].items():
+            scored = [line for line in lines if _is_number(line, "nscb")]
+            if scored:
+                best = max(scored, key=lambda line: (line["nscb"], -line["step"]))
+                last = scored[-1]
+                title = f"{run['name']}, {channel}" if len(runs) > 1 else channel
+                rows.append(
+                    (
+                        "",
+                        [
+                            escape(title),
+                            f"{percent(last['nscb'])} at step {last['step']}",
+                            f"{percent(best['nscb'])} at step {best['step']}"
+                            '<br><span class="miss">best epoch chosen on test labels</span>',
+                        ],
+                    )
+                )
+    if not rows:
+        return ""
+    return "<h3>NSCB while training: the last evaluation, and the best</h3>" + _table(
+        ["Channel", "last", "best"], rows
+    )
+
+
+def _moa_section(runs):
+    parts = ["<h2 id=mechanisms>Which mechanisms are recognised?</h2>"]
+    rows, legend = [], []
+    for prefix in ("nsc", "nscb"):
+        for run_index, run in enumerate(runs):
+            index = run_index * 2 + (prefix == "nscb")
+            legend.append((f"{run['name']}, {prefix.upper()}" if len(runs) > 1 else prefix.upper(), colour(index)))
+    names = sorted({moa for run in runs for moa in _main(run)["moas"]})
+    for moa in names:
+        values = []
+        for prefix in ("nsc", "nscb"):
+            for run_index, run in enumerate(runs):
+                part = _main(run)[f"{prefix}_per_moa"].get(moa)
+                tint = colour(run_index * 2 + (prefix == "nscb"))
+                if part is None or not part["total"]:
+                    values.append((None, "left out", tint))
+                else:
+                    values.append((part["accuracy"], f"{part['correct']}/{part['total']}", tint))
+        rows.append((moa, values))
+    parts.append(bars(rows, legend))
+    parts.append(
+        '<p class="soft">Left out of NSCB: mechanisms that occur in one batch, where no other batch could hold a match.</p>'
+    )
+    parts.append("<h3>What is taken for what</h3>")
+    tables = []
+    for run in runs:
+        for prefix in ("nsc", "nscb"):
+            scores = _main(run)
+            title = f"{run['name']}, {prefix.upper()}" if len(runs) > 1 else prefix.upper()
+            title += ": rows the true mechanism, columns that of the nearest neighbour, numbered alike"
+            tables.append(confusion_table(scores["moas"], scores[f"{prefix}_confusion"], title))
+    parts.append(f'<div class="two">{"".join(tables)}</div>')
+    return "".join(parts)
+
+
+def _main(run):
+    return run["results"]["sets"][run["results"]["headline"]["set"]]
+
+
+def _map_section(run, several):
+    scores = _main(run)
+    if not scores.get("map"):
+        return ""
+    points, batches = [], Counter()
+    for name, batch, query, (x, y) in zip(
+        scores["treatments"], scores["batches"], scores["nsc_queries"], scores["map"], strict=True
+    ):
+        shown = batch if "|" not in batch else "several batches"
+        batches[shown] += 1
+        label = f"{name}\n{query['moa']}\n{batch.replace('|', ', ')}"
+        points.append({"x": x, "y": y, "label": label, "moa": query["moa"], "batch": shown})
+    categories = [
+        ("moa", "mechanism", scores["moas"]),
+        ("batch", "batch", sorted(batches, key=lambda name: (len(name), name))),
+    ]
+    title = f"<h3>{escape(run['name'])}</h3>" if several else ""
+    return (
+        f'{title}<p class="soft">{escape(scores["map_method"])} of the treatments\' profiles. Islands of one mechanism are '
+        "good; islands of one batch are not.</p>" + scatter_map(points, categories)
+    )
+
+
+def _neighbour_section(run, index, several):
+    scores = _main(run)
+    thumbnails = run["thumbnails"]
+    rows = []
+    for row, (name, nsc, nscb) in enumerate(
+        zip(scores["treatments"], scores["nsc_queries"], scores["nscb_queries"], strict=True)
+    ):
+        cells = [f"{escape(name)}<br><span class=soft>{escape(nsc['moa'])}</span>"]
+        picture = thumbnails.get(name)
+        cells[0] = (f'<img src="{picture}" alt="" loading="lazy">' if picture else "") + cells[0]
+        for query in (nsc, nscb):
+            cells.append(_neighbour_cell(query, scores["treatments"], thumbnails))
+        missed = int(
+            (nsc["excluded"] is None and not nsc["correct"]) or (nscb["excluded"] is None and not nscb["correct"])
+        )
+        rows.append(
+            f'<tr data-miss="{missed}" data-row="{row}"><th scope="row">{cells[0]}</th>'
+            f"<td>{cells[1]}</td><td>{cells[2]}</td></tr>"
+        )
+    identifier = f"neighbours-{index}"
+    title = f"{escape(run['name'])}: " if several else ""
+    return (
+        f"<details{'' if several else ' open'}><summary>{title}{len(rows)} treatments</summary>"
+        f'<p class="filter" data-table="{identifier}"><button type="button" data-show="all" aria-pressed="true">all</button>'
+        '<button type="button" data-show="miss" aria-pressed="false">missed only</button> '
+        '<input type="search" placeholder="search treatments, mechanisms" aria-label="Search"></p>'
+        f'<div class="scroll"><table class="plain neighbours" id="{identifier}"><thead><tr><th>Treatment</th>'
+        "<th>Nearest, other compound (NSC)</th><th>Nearest, other compound and batch (NSCB)</th></tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table></div></details>"
+    )
+
+
+def _neighbour_cell(query, treatments, thumbnails):
+    if query["excluded"] is not None:
+        return f'<span class="soft">left out: {escape(query["excluded"])}</span>'
+    if query["neighbour"] is None:
+        return '<span class="miss">no neighbour: the profile has no direction</span>'
+    name = treatments[query["neighbour"]]
+    picture = thumbnails.get(name)
+    image = f'<img src="{picture}" alt="" loading="lazy">' if picture else ""
+    mark = '<span class="ok">✓</span>' if query["correct"] else '<span class="miss">✗</span>'
+    return f"{image}{mark} {escape(name)}<br><span class=soft>{escape(query['neighbour_moa'])}, {number(query['similarity'])}</span>"
+
+
+def _pictures_section(runs):
+    figures = []
+    for kind, title in (("fields", "Example fields"), ("attention", "Where the network looks"), ("", "More pictures")):
+        for run in runs:
+            for stem, uri in run["pictures"].items():
+                own = stem.split("_")[0] if stem.split("_")[0] in ("fields", "attention") else ""
+                if own == kind:
+                    channel = stem.partition("_")[2] or stem
+                    caption = f"{title}: {channel}" if kind else stem
+                    caption = f"{run['name']}, {caption}" if len(runs) > 1 else caption
+                    figures.append(
+                        f'<figure><img src="{uri}" alt="{escape(caption)}" loading="lazy">'
+                        f"<figcaption>{escape(caption)}</figcaption></figure>"
+                    )
+    if not figures:
+        return ""
+    return f'<h2 id=pictures>What the network sees</h2><div class="pictures">{"".join(figures)}</div>'
+
+
+def _flatten(value, prefix=""):
+    if isinstance(value, dict) and value:
+        flat = {}
+        for key, item in value.items():
+            flat.update(_flatten(item, f"{prefix}{key}."))
+        return flat
+    return {prefix.rstrip("."): value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}
+
+
+def _settings_section(runs):
+    columns = []
+    for run in runs:
+        results = run["results"]
+        settings = {"protocol": results["protocol"], "counts": results["counts"], "sources": results["sources"]}
+        columns.append(
+            _flatten({**settings, "settings": results.get("settings"), "evaluated with": results["versions"]})
+        )
+    rows = []
+    for key in dict.fromkeys(key for column in columns for key in column):
+        values = [column.get(key, "–") for column in columns]
+        differs = "differs" if len(set(values)) > 1 else ""
+        rows.append((differs, [escape(key), *[escape(value) for value in values]]))
+    body = _table(["", *[run["name"] for run in runs]], rows)
+    return f"<h2 id=settings>Settings and versions</h2><details><summary>{len(rows)} entries</summary>{body}</details>"
+
+
+def render_report(runs):
+    """The page's HTML text, for runs as `load_run` gives them (at least one)."""
+    several = len(runs) > 1
+    title = (
+        " and ".join([", ".join(run["name"] for run in runs[:-1]), runs[-1]["name"]]) if several else runs[0]["name"]
+    )
+    parts = [f"<h1>WS-DINO: {escape(title)}</h1>"]
+    simulated = [run["name"] for run in runs if run["results"]["simulated"]]
+    if simulated:
+        whose = "" if len(simulated) == len(runs) else f" ({', '.join(simulated)})"
+        parts.append(
+            f'<p class="banner">SIMULATED DATA{escape(whose)}: these images were drawn by a program. '
+            "The figures below say nothing about real cells or compounds.</p>"
+        )
+    counts = runs[0]["results"]["counts"]
+    parts.append(
+        f'<p class="soft">{counts["scored_treatments"]} treatments of {counts["compounds"]} compounds with '
+        f"{counts['moas']} mechanisms of action, {number(counts['fields'])} fields on {counts['plates']} plates in "
+        f"{counts['batches']} batches{' (first run)' if several else ''}.</p>"
+    )
+    sections = [
+        ("sets", "Scores", "<h2 id=sets>Scores, and what they are compared with</h2>" + _sets_section(runs)),
+        ("comparison", "Differences", _comparison_section(runs)),
+        ("training", "Training", _training_section(runs)),
+        ("mechanisms", "Mechanisms", _moa_section(runs)),
+        ("map", "Map", "".join(["<h2 id=map>Map of treatments</h2>", *[_map_section(run, several) for run in runs]])),
+        ("pictures", "Pictures", _pictures_section(runs)),
+        (
+            "neighbours",
+            "Neighbours",
+            "".join(
+                [
+                    "<h2 id=neighbours>Nearest neighbour of each treatment</h2>",
+                    *[_neighbour_section(run, index, several) for index, run in enumerate(runs)],
+                ]
+            ),
+        ),
+        ("settings", "Settings", _settings_section(runs)),
+    ]
+    links = "".join(f'<a href="#{name}">{label}</a>' for name, label, text in sections if text)
+    parts.append(f"<nav>{links}</nav>")
+    parts.append(_headline(runs))
+    parts.append(
+        '<p class="note">Scored at the end of training, a moment fixed beforehand; no epoch was chosen by its score. '
+        "NSC (not same compound) asks whether the treatment most alike, among all other compounds, has the same mechanism "
+        "of action; NSCB asks it of other compounds in other batches, where batch effects cannot help.</p>"
+    )
+    parts += [text for _, _, text in sections]
+    folder = files(__package__)
+    style = folder.joinpath("report.css").read_text(encoding="utf-8")
+    script = folder.joinpath("report.js").read_text(encoding="utf-8")
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>WS-DINO: {escape(title)}{' (simulated data)' if simulated else ''}</title>"
+        f"<style>\n{style}</style></head>\n<body><main>\n{''.join(part + chr(10) for part in parts)}</main>\n"
+        f"<script>\n{script}</script></body></html>\n"
+    )
+
+
+def write_report(run_folders, output=None, dataset=None):
+    """Write the page about one or several run folders; returns its path (default: report.html in the first folder)."""
+    runs = [load_run(folder, dataset) for folder in tqdm(run_folders, desc="Reading", unit="run", disable=None)]
+    names = Counter(run["name"] for run in runs)
+    for run, folder in zip(runs, run_folders, strict=True):
+        if names[run["name"]] > 1:
+            run["name"] = str(folder)
+    output = Path(output) if output else Path(run_folders[0]) / "report.html"
+    partial = output.with_name(output.name + ".partial")
+    partial.write_text(render_report(runs), encoding="utf-8")
+    os.replace(partial, output)
+    return output
+
+
+def main(argv=None):
+    """The command `wsdino-report RUN [RUN ...]`."""
+    parser = argparse.ArgumentParser(
+        prog="wsdino-report",
+        description="Write one self-contained HTML page about one run, or a comparison of several.",
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="run folder with a results.json (wsdino-evaluate)")
+    parser.add_argument("--output", help="file to write (default: report.html in the first run folder)")
+    parser.add_argument(
+        "--dataset", help="folder of the dataset, for thumbnails (default: the one in the run's settings)"
+    )
+    parser.add_argument("--no_thumbnails", action="store_true", help="leave the treatments' pictures out")
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.dataset and not Path(arguments.dataset).is_dir():
+            raise ProfileError(
+                f"--dataset {arguments.dataset} is not a folder: name the dataset that the run was made of."
+            )
+        path = write_report(arguments.runs, arguments.output, False if arguments.no_thumbnails else arguments.dataset)
+    except (ProfileError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    print(f"Written: {path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+
+if __name__ == "__main__":
+    main()

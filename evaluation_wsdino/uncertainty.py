@@ -1,0 +1,175 @@
+"""How sure a score is: intervals, a null from shuffled labels, paired comparisons, and curves over epochs and seeds.
+
+A score is a share of treatments, but the treatments of one compound succeed and fail together: 103 treatments are 38
+compounds. What is resampled, shuffled or flipped here is therefore the compound; the plain versions stand beside it.
+"""
+
+import math
+
+import numpy as np
+from scipy.stats import binomtest, norm
+
+from .profiles import ProfileError
+
+
+def wilson_interval(correct, total, level=0.95):
+    """Wilson's score interval of a share (Wilson 1927), as if every treatment were independent; nan without any."""
+    if not 0 <= correct <= total:
+        raise ProfileError(f"{correct} of {total} is not a share: correct counts from 0 to the total.")
+    if not total:
+        return (math.nan, math.nan)
+    z = norm.ppf(0.5 + level / 2)
+    share = correct / total
+    centre = share + z * z / (2 * total)
+    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    scale = 1 + z * z / total
+    low = 0.0 if correct == 0 else (centre - half) / scale
+    return (low, 1.0 if correct == total else (centre + half) / scale)
+
+
+def _cluster_sums(values, clusters):
+    """Sums of the values (queries, ...) and the number of queries in each cluster."""
+    _, codes = np.unique(np.asarray(clusters, dtype=object).astype(str), return_inverse=True)
+    codes = codes.reshape(-1)
+    sums = np.zeros(codes.max(initial=-1) + 1)
+    np.add.at(sums, codes, np.asarray(values, dtype=np.float64))
+    return sums, np.bincount(codes)
+
+
+def bootstrap_interval(correct, compounds, level=0.95, draws=10_000, seed=0):
+    """Percentile interval of the share of `correct`, drawing compounds with replacement.
+
+    The neighbours stay as found: the interval is about which compounds happened to be screened, given this set of
+    candidates. nan for fewer than two compounds.
+    """
+    sums, sizes = _cluster_sums(correct, compounds)
+    if len(sums) < 2:
+        return (math.nan, math.nan)
+    rng = np.random.default_rng(seed)
+    shares = np.empty(draws)
+    for start in range(0, draws, 1000):
+        picks = rng.integers(0, len(sums), size=(min(1000, draws - start), len(sums)))
+        shares[start : start + len(picks)] = sums[picks].sum(axis=1) / sizes[picks].sum(axis=1)
+    low, high = np.quantile(shares, [(1 - level) / 2, (1 + level) / 2])
+    return (float(low), float(high))
+
+
+def permutation_null(queries, draws=10_000, seed=0):
+    """How often shuffled labels score as well: the MOAs are dealt anew to the compounds, the neighbours stay.
+
+    Parameters
+    ----------
+    queries : list of dict
+        `nsc_queries` or `nscb_queries` of the metric.
+
+    Returns
+    -------
+    dict
+        p_value, (1 + draws at least as good) / (1 + draws); null_mean and null_high (95th percentile), shares; draws.
+    """
+    scored = [query for query in queries if query["excluded"] is None]
+    if not scored:
+        return {"p_value": math.nan, "null_mean": math.nan, "null_high": math.nan, "draws": 0}
+    moa_of = {}
+    for query in queries:
+        moa_of.setdefault(query["compound"], query["moa"])
+    compounds = sorted(moa_of)
+    position = {compound: index for index, compound in enumerate(compounds)}
+    names = sorted(set(moa_of.values()))
+    labels = np.array([names.index(moa_of[compound]) for compound in compounds])
+    # A query without a neighbour is wrong under every labelling.
+    own = np.array([position[query["compound"]] for query in scored])
+    near = np.array([position.get(query["neighbour_compound"], -1) for query in scored])
+    observed = int(((labels[own] == labels[near]) & (near >= 0)).sum())
+    rng = np.random.default_rng(seed)
+    counts = np.empty(draws, dtype=np.int64)
+    for draw in range(draws):
+        shuffled = rng.permutation(labels)
+        counts[draw] = ((shuffled[own] == shuffled[near]) & (near >= 0)).sum()
+    return {
+        "p_value": float((1 + (counts >= observed).sum()) / (1 + draws)),
+        "null_mean": float(counts.mean() / len(scored)),
+        "null_high": float(np.quantile(counts, 0.95) / len(scored)),
+        "draws": draws,
+    }
+
+
+def compare_paired(first, second, draws=10_000, seed=0):
+    """Compare two sets of profiles on the same queries.
+
+    Parameters
+    ----------
+    first, second : dict
+        `{treatment: (correct, compound)}` of the scored queries; those in both are compared.
+
+    Returns
+    -------
+    dict
+        compared, gained and lost (treatments right in `second` alone, in `first` alone), difference (second - first, a
+        share), p_exact (McNemar's exact test: a fair coin for each changed treatment), p_compound (the two sets
+        exchanged compound by compound: all 2^c ways where that is few, else `draws` random ones).
+    """
+    shared = sorted(set(first) & set(second))
+    gained = [name for name in shared if second[name][0] and not first[name][0]]
+    lost = [name for name in shared if first[name][0] and not second[name][0]]
+    changed = len(gained) + len(lost)
+    p_exact = float(binomtest(len(gained), changed, 0.5).pvalue) if changed else 1.0
+    difference = (len(gained) - len(lost)) / len(shared) if shared else math.nan
+    values = [int(second[name][0]) - int(first[name][0]) for name in shared]
+    sums = _cluster_sums(values, [first[name][1] for name in shared])[0] if shared else np.zeros(0)
+    sums = sums[sums != 0]
+    if len(sums) <= 16:
+        signs = ((np.arange(2 ** len(sums))[:, None] >> np.arange(len(sums))) & 1) * 2 - 1
+        p_compound = float((np.abs(signs @ sums) >= abs(sums.sum())).mean()) if len(sums) else 1.0
+    else:
+        signs = np.random.default_rng(seed).choice((-1, 1), size=(draws, len(sums)))
+        p_compound = float((1 + (np.abs(signs @ sums) >= abs(sums.sum())).sum()) / (1 + draws))
+    return {
+        "compared": len(shared),
+        "gained": gained,
+        "lost": lost,
+        "difference": difference,
+        "p_exact": p_exact,
+        "p_compound": p_compound,
+    }
+
+
+def epoch_curves(curves, window):
+    """Scores over epochs of several seeds: the mean over a window fixed beforehand, beside each seed's best epoch.
+
+    Parameters
+    ----------
+    curves : dict of {seed: list of (epoch, score)}
+    window : (int, int)
+        First and last epoch of the window, both in it.
+
+    Returns
+    -------
+    dict
+        window, window_mean (over seeds, of each seed's mean in the window), window_sd (between seeds, nan for one),
+        seeds.<seed>: window_mean, best_epoch, best. `best` is chosen on the test labels: `best_note` says so, and it
+        belongs wherever `best` is shown.
+
+    Raises
+    ------
+    ProfileError
+        If a seed has no score in the window.
+    """
+    first, last = window
+    seeds, means = {}, []
+    for seed, points in curves.items():
+        points = [(epoch, score) for epoch, score in points if score is not None and math.isfinite(score)]
+        inside = [score for epoch, score in points if first <= epoch <= last]
+        if not inside:
+            raise ProfileError(f"Seed {seed} has no score from epoch {first} to {last}: choose a window it reached.")
+        # Of equally good epochs the first.
+        best_epoch, best = max(points, key=lambda point: (point[1], -point[0]))
+        means.append(float(np.mean(inside)))
+        seeds[str(seed)] = {"window_mean": means[-1], "best_epoch": best_epoch, "best": best}
+    return {
+        "window": [first, last],
+        "window_mean": float(np.mean(means)) if means else math.nan,
+        "window_sd": float(np.std(means, ddof=1)) if len(means) > 1 else math.nan,
+        "seeds": seeds,
+        "best_note": "best epoch chosen on test labels",
+    }
