@@ -8,8 +8,8 @@ import importlib
 
 _HOME = {
     "BBBC021": "bbbc021",
-    "PlaneCache": "planes",
     "Phenotype": "draw_cells",
+    "RawScreen": "bbbc021",
     "SCREEN_SIZES": "simulate",
     "ScreenColumns": "screen",
     "ScreenDesign": "simulate",

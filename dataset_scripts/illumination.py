@@ -69,8 +69,11 @@ def median_disk(image: np.ndarray, radius: int, border: str = "edge") -> np.ndar
     return values[median]
 
 
-def illumination_function(mean: np.ndarray, filter_size: float | None = None, border: str = "edge") -> np.ndarray:
-    """The illumination function of one plate and channel.
+def illumination_levels(mean: np.ndarray, filter_size: float | None = None, border: str = "edge") -> np.ndarray:
+    """The smoothed mean of one plate and channel, raised to its robust minimum.
+
+    It holds everything of the illumination function and, being smooth whole numbers, is small as a PNG: this is what
+    is saved with the dataset.
 
     Parameters
     ----------
@@ -84,17 +87,20 @@ def illumination_function(mean: np.ndarray, filter_size: float | None = None, bo
     Returns
     -------
     numpy.ndarray
-        `(rows, columns)` float32, minimum 1.
+        `(rows, columns)` uint16, at least 1.
     """
     if filter_size is None:
         filter_size = scaled_filter_size(mean.shape)
     smooth = median_disk(np.clip(mean, 0, FULL_SCALE).astype(np.uint16), median_radius(filter_size), border)
-    smooth = smooth.astype(np.float64)
     positive = np.sort(smooth[smooth > 0])
-    if not len(positive):
-        return np.ones(mean.shape, np.float32)
-    robust_minimum = positive[int(len(positive) * 0.02)]
-    return (np.maximum(smooth, robust_minimum) / robust_minimum).astype(np.float32)
+    # All black: nothing to correct.
+    robust_minimum = positive[int(len(positive) * 0.02)] if len(positive) else np.uint16(1)
+    return np.maximum(smooth, robust_minimum)
+
+
+def illumination_function(levels: np.ndarray) -> np.ndarray:
+    """The float32 function to divide by: the levels over their minimum, so that it is 1 in the darkest place."""
+    return (levels / np.float64(levels.min())).astype(np.float32)
 
 
 @lru_cache(maxsize=16)

@@ -127,7 +127,9 @@ def read_screen(image_csv, moa_csv=None, columns: ScreenColumns | None = None) -
         twice = path[(path != "") & path.duplicated(keep=False)]
         if len(twice):
             rows = ", ".join(str(fields["row"][i]) for i in twice.index[twice == twice.iloc[0]][:4])
-            raise ScreenError(f"{image_csv}: lines {rows} name the same {channel} file {twice.iloc[0]}: mend the table")
+            raise ScreenError(
+                f"{image_csv}: lines {rows} name the same {channel} file {twice.iloc[0]}: mend the table"
+            )
         fields[f"{channel}_file"] = path
 
     if columns.site:
@@ -150,14 +152,16 @@ def read_screen(image_csv, moa_csv=None, columns: ScreenColumns | None = None) -
         if found.isna().any():
             row = fields["row"][found.isna().idxmax()]
             raise ScreenError(
-                f"{image_csv}, line {row}: no batch ({columns.batch_pattern}) in plate name {fields['plate'][row - 2]!r}"
+                f"{image_csv}, line {row}: no batch ({columns.batch_pattern}) in plate {fields['plate'][row - 2]!r}"
                 f": name the batch's column in the column mapping"
             )
         fields["batch"] = found
     for name, column in (("table_number", columns.table), ("image_number", columns.image)):
         fields[name] = _numbers(raw, column, image_csv).astype(int) if column in raw else 0
 
-    fields["treatment"] = [treatment_name(*pair) for pair in zip(fields["compound"], fields["concentration"])]
+    fields["treatment"] = [
+        treatment_name(*pair) for pair in zip(fields["compound"], fields["concentration"], strict=True)
+    ]
     fields["moa"] = _text(raw, columns.moa, image_csv, empty=True) if columns.moa else ""
     if moa_csv is not None:
         known = read_mechanisms(moa_csv, columns)
@@ -183,11 +187,12 @@ def read_mechanisms(moa_csv, columns: ScreenColumns | None = None) -> dict[str, 
     names = _text(table, compound, moa_csv)
     doses = _numbers(table, concentration, moa_csv)
     treatments = [
-        treatment_name("DMSO" if name == columns.control else name, dose) for name, dose in zip(names, doses)
+        treatment_name("DMSO" if name == columns.control else name, dose)
+        for name, dose in zip(names, doses, strict=True)
     ]
     mechanisms = _text(table, moa, moa_csv)
     known: dict[str, str] = {}
-    for line, (treatment, mechanism) in enumerate(zip(treatments, mechanisms), start=2):
+    for line, (treatment, mechanism) in enumerate(zip(treatments, mechanisms, strict=True), start=2):
         if known.setdefault(treatment, mechanism) != mechanism:
             raise ScreenError(
                 f"{moa_csv}, line {line}: {treatment!r} is {mechanism!r} here and {known[treatment]!r} above: keep one"

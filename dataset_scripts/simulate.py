@@ -255,7 +255,7 @@ def _designed_wells(design: ScreenDesign, rng: np.random.Generator) -> list[dict
         chosen = rng.permutation(len(places))[: len(layout)]
         for replicate in range(1, design.replicates + 1):
             plate = f"Week{batch + 1}_{(batch + 1) * 1000 + 20 * replicate + 1}"
-            for place, (compound, concentration, mechanism) in zip(chosen, layout):
+            for place, (compound, concentration, mechanism) in zip(chosen, layout, strict=True):
                 name = places[place]
                 files = []
                 for site in range(1, design.fields_per_well + 1):
@@ -301,7 +301,7 @@ def _official_wells(plate_map, seed: int) -> list[dict]:
                 "treatment": first["treatment"],
                 "moa": first["moa"],
                 "sites": [int(site) for site in group["site"]],
-                "files": list(zip(group["dna_file"], group["tubulin_file"], group["actin_file"])),
+                "files": list(zip(group["dna_file"], group["tubulin_file"], group["actin_file"], strict=True)),
             }
         )
     return wells
@@ -371,22 +371,24 @@ def _write_well(task) -> None:
     gain = np.exp(k * here.normal(0, 0.05, 3))
     optics = replace(
         optics,
-        gain=tuple(float(a * b) for a, b in zip(optics.gain, gain)),
+        gain=tuple(float(a * b) for a, b in zip(optics.gain, gain, strict=True)),
         density=optics.density * float(np.exp(k * here.normal(0, 0.12))),
         blur=optics.blur * float(np.exp(k * here.normal(0, 0.05))),
     )
     shown = Phenotype().blend(phenotype, strength)
-    for site, files in zip(well["sites"], well["files"]):
+    for site, files in zip(well["sites"], well["files"], strict=True):
         rng = _stream(seed, "field", well["plate"], well["well"], site)
-        for plane, file in zip(draw_field(rng, design.image_size, shown, optics, design.scale), files):
+        planes = draw_field(rng, design.image_size, shown, optics, design.scale)
+        for plane, file in zip(planes, files, strict=True):
             Image.fromarray(plane).save(os.path.join(folder, file), format="TIFF")
 
 
 def _run(function, tasks, workers, progress, what) -> None:
-    workers = workers or len(os.sched_getaffinity(0))
+    if workers is None:
+        # Starting processes costs more than drawing a small screen.
+        workers = len(os.sched_getaffinity(0)) if len(tasks) >= 100 else 1
     bar = tqdm(total=len(tasks), desc=what, disable=not progress, mininterval=0.5)
-    if workers == 1 or len(tasks) < 100:
-        # Starting processes costs more than a small screen.
+    if workers == 1:
         for task in tasks:
             function(task)
             bar.update()

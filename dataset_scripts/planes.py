@@ -1,0 +1,120 @@
+"""Reads one channel of a dataset as one memory-mapped array, through an explicit, checked cache.
+
+Decoding a PNG costs a few milliseconds a plane, every epoch and in every process; a memory map costs a page fault.
+The cache holds one `.npy` a channel, written once beside its name and renamed when complete, under a lock that dies
+with its process: two processes may start at once, and one may die while writing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+from PIL import Image
+from tqdm.auto import tqdm
+
+from .screen import ScreenError
+
+
+def open_planes(dataset, channel: str, cache_dir=None, progress: bool = True) -> np.ndarray:
+    """All planes of one channel as a read-only memory map.
+
+    Parameters
+    ----------
+    dataset : datasets.Dataset
+        With an `Image()` column `channel`. Rows keep their order.
+    channel : str
+    cache_dir : path, optional
+        Default: `wsdino_planes` in the datasets cache. The file's name holds the dataset's fingerprint, so another
+        selection or version of the dataset gets another file.
+    progress : bool
+        Show a progress bar while the cache is written.
+
+    Returns
+    -------
+    numpy.ndarray
+        `(fields, rows, columns)` uint16 (uint8 for an 8-bit screen: nothing is rescaled; read the dtype).
+
+    Raises
+    ------
+    ScreenError
+        No such channel, no rows, a field without this channel, or images of different sizes or depths.
+    """
+    import datasets
+
+    if channel not in dataset.column_names:
+        images = [name for name, kind in dataset.features.items() if isinstance(kind, datasets.Image)]
+        raise ScreenError(f"the dataset has no channel {channel!r}: choose among {', '.join(images)}")
+    if not len(dataset):
+        raise ScreenError("the dataset has no rows: choose another part or another filter")
+    folder = Path(cache_dir) if cache_dir is not None else Path(datasets.config.HF_DATASETS_CACHE) / "wsdino_planes"
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{channel}-{dataset._fingerprint}-{len(dataset)}"
+    target, note = folder / f"{name}.npy", folder / f"{name}.json"
+    planes = _open_checked(target, note, len(dataset))
+    if planes is None:
+        with FileLock(folder / f"{name}.lock"):
+            planes = _open_checked(target, note, len(dataset))
+            if planes is None:
+                _write(dataset, channel, target, note, progress)
+                planes = _open_checked(target, note, len(dataset))
+    return planes
+
+
+def _open_checked(target: Path, note: Path, count: int) -> np.ndarray | None:
+    """The memory map, if its note says that it is complete and its size and head agree with it."""
+    try:
+        known = json.loads(note.read_text())
+        if target.stat().st_size != known["bytes"]:
+            return None
+        planes = np.load(target, mmap_mode="r")
+    except (OSError, ValueError, KeyError):
+        return None
+    if len(planes) != count or hashlib.sha256(planes[0].tobytes()).hexdigest() != known["first"]:
+        return None
+    return planes
+
+
+def _decoded(dataset, channel: str, progress: bool):
+    import datasets
+
+    encoded = dataset.select_columns([channel]).with_format(None).cast_column(channel, datasets.Image(decode=False))
+    for i in tqdm(range(len(dataset)), desc=f"caching {channel}", unit="plane", disable=not progress, mininterval=0.5):
+        value = encoded[i][channel]
+        if value is None:
+            raise ScreenError(f"row {i} has no {channel} image: filter the rows that lack it before training")
+        content = value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
+        with Image.open(io.BytesIO(content)) as image:
+            plane = np.asarray(image)
+        if plane.ndim != 2 or plane.dtype not in (np.uint8, np.uint16):
+            raise ScreenError(
+                f"row {i}: {channel} is {plane.dtype} of shape {plane.shape}, not one grey 8/16-bit plane"
+            )
+        yield plane
+
+
+def _write(dataset, channel: str, target: Path, note: Path, progress: bool) -> None:
+    partial = target.with_name(target.name + ".partial")
+    planes = None
+    for i, plane in enumerate(_decoded(dataset, channel, progress)):
+        if planes is None:
+            planes = np.lib.format.open_memmap(partial, "w+", plane.dtype, (len(dataset), *plane.shape))
+        if plane.shape != planes.shape[1:] or plane.dtype != planes.dtype:
+            raise ScreenError(
+                f"row {i}: {channel} is {plane.dtype} of shape {plane.shape} where row 0 is {planes.dtype} of shape "
+                f"{planes.shape[1:]}: all fields must have one size and depth"
+            )
+        planes[i] = plane
+    planes.flush()
+    first = hashlib.sha256(planes[0].tobytes()).hexdigest()
+    del planes
+    size = partial.stat().st_size
+    os.replace(partial, target)
+    partial = note.with_name(note.name + ".partial")
+    partial.write_text(json.dumps({"bytes": size, "first": first}))
+    os.replace(partial, note)

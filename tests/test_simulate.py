@@ -1,0 +1,148 @@
+"""The simulator: official layout, determinism, and the facts of the real camera."""
+
+import csv
+import hashlib
+import json
+from collections import defaultdict
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataset_scripts.screen import ScreenError
+from dataset_scripts.simulate import main, simulate_screen
+
+HEADER = [
+    "TableNumber", "ImageNumber", "Image_FileName_DAPI", "Image_PathName_DAPI", "Image_FileName_Tubulin",
+    "Image_PathName_Tubulin", "Image_FileName_Actin", "Image_PathName_Actin", "Image_Metadata_Plate_DAPI",
+    "Image_Metadata_Well_DAPI", "Replicate", "Image_Metadata_Compound", "Image_Metadata_Concentration",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def screen(tmp_path_factory):
+    return simulate_screen(tmp_path_factory.mktemp("screen") / "raw", size="tiny", seed=5, progress=False)
+
+
+def rows_of(folder):
+    with open(folder / "BBBC021_v1_image.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def mechanisms_of(folder):
+    with open(folder / "BBBC021_v1_moa.csv", newline="") as file:
+        return {(r["compound"], float(r["concentration"])): r["moa"] for r in csv.DictReader(file)}
+
+
+def digest_of(folder):
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def test_writes_the_official_tables_and_every_file_they_name(screen):
+    rows = rows_of(screen)
+    assert list(rows[0]) == HEADER
+    for row in rows:
+        for channel in ("DAPI", "Tubulin", "Actin"):
+            path = screen / row[f"Image_PathName_{channel}"] / row[f"Image_FileName_{channel}"]
+            assert path.is_file()
+            assert row[f"Image_PathName_{channel}"].split("/") == [
+                row["Image_Metadata_Plate_DAPI"].split("_")[0],
+                row["Image_Metadata_Plate_DAPI"],
+            ]
+    on_disk = {path.name for path in screen.rglob("*.tif")}
+    assert len(on_disk) == 3 * len(rows)
+
+
+def test_images_are_12_bit_data_shifted_left_by_four(screen):
+    for row in rows_of(screen)[:12]:
+        for channel in ("DAPI", "Tubulin", "Actin"):
+            with Image.open(screen / row[f"Image_PathName_{channel}"] / row[f"Image_FileName_{channel}"]) as image:
+                assert image.mode == "I;16"
+                plane = np.asarray(image)
+            assert plane.shape == (128, 160)
+            assert plane.dtype == np.uint16
+            assert not (plane % 16).any()
+            assert 300 < np.percentile(plane, 2) < 1700
+            assert plane.max() > 1.5 * np.median(plane)
+
+
+def test_layout_has_what_the_scores_need(screen):
+    rows, moa = rows_of(screen), mechanisms_of(screen)
+    batches_of_compound, batches_of_moa, compounds_of_moa = defaultdict(set), defaultdict(set), defaultdict(set)
+    doses = defaultdict(set)
+    dmso_plates, plates = set(), set()
+    for row in rows:
+        compound, dose = row["Image_Metadata_Compound"], float(row["Image_Metadata_Concentration"])
+        batch = row["Image_Metadata_Plate_DAPI"].split("_")[0]
+        plates.add(row["Image_Metadata_Plate_DAPI"])
+        if compound == "DMSO":
+            assert dose == 0
+            dmso_plates.add(row["Image_Metadata_Plate_DAPI"])
+            continue
+        batches_of_compound[compound].add(batch)
+        if (compound, dose) in moa:
+            batches_of_moa[moa[compound, dose]].add(batch)
+            compounds_of_moa[moa[compound, dose]].add(compound)
+            doses[compound].add(dose)
+    assert dmso_plates == plates
+    everywhere = [compound for compound, batches in batches_of_compound.items() if len(batches) == 3]
+    assert len(everywhere) == 1
+    assert all(len(b) == 1 for c, b in batches_of_compound.items() if c != everywhere[0])
+    assert sum(len(batches) == 1 for batches in batches_of_moa.values()) == 2
+    assert all(len(compounds) >= 2 for compounds in compounds_of_moa.values())
+    assert all(len(each) >= 2 for each in doses.values())
+    assert moa["DMSO", 0.0] == "DMSO"
+    labels = [row["Image_Metadata_Compound"] for row in rows]
+    assert sum(a == b for a, b in zip(labels, labels[1:], strict=False)) < 0.4 * len(labels)
+
+
+def test_same_seed_same_bytes_for_any_number_of_workers(tmp_path):
+    changes = dict(seed=3, progress=False, image_size=(40, 48), scale=0.3)
+    one = simulate_screen(tmp_path / "one", "tiny", workers=1, **changes)
+    changes["fields_per_well"] = 2
+    two = simulate_screen(tmp_path / "two", "tiny", workers=2, **changes)
+    assert digest_of(one) == digest_of(two)
+    other = simulate_screen(tmp_path / "other", "tiny", **{**changes, "seed": 4})
+    assert digest_of(other) != digest_of(one)
+
+
+def test_marks_itself_and_is_safe_to_repeat(screen, tmp_path):
+    truth = json.loads((screen / "simulation.json").read_text())
+    assert truth["source"] == "simulated, seed 5"
+    before = digest_of(screen)
+    simulate_screen(screen, size="tiny", seed=5, progress=False)
+    assert digest_of(screen) == before
+    with pytest.raises(ScreenError, match="another simulation"):
+        simulate_screen(screen, size="tiny", seed=6, progress=False)
+    (tmp_path / "letter.txt").write_text("mine")
+    with pytest.raises(ScreenError, match="not empty"):
+        simulate_screen(tmp_path, size="tiny")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"size": "giant"}, "giant"),
+        ({"image_size": (8, 8)}, "image_size"),
+        ({"mechanisms": ("Magic",)}, "Magic"),
+        ({"colour": 3}, "colour"),
+        ({"batches": 0}, "batches"),
+        ({"batches": 1, "compounds": 30}, "wells"),
+    ],
+)
+def test_bad_designs_are_named(changes, named, tmp_path):
+    with pytest.raises(ScreenError, match=named):
+        simulate_screen(tmp_path / "raw", **{"size": "tiny", **changes})
+
+
+def test_command_ends_with_one_sentence(tmp_path, capsys):
+    (tmp_path / "letter.txt").write_text("mine")
+    with pytest.raises(SystemExit) as ended:
+        main([str(tmp_path), "--size", "tiny"])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("wsdino-simulate: error:") and "Traceback" not in error
