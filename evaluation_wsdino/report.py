@@ -148,7 +148,8 @@ def _table(head, rows, numeric=()):
             + "".join(cell("td", index, text) for index, text in enumerate(others, 1))
             + "</tr>"
         )
-    return f'<div class="scroll"><table class="plain"><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+    table = f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody>"
+    return f'<div class="scroll"><table class="plain">{table}</table></div>'
 
 
 def _headline(runs):
@@ -202,8 +203,8 @@ def _sets_section(runs):
     head = ["Profiles", "NSC", "95 %", "by chance", "NSCB", "95 %", "by chance", "dimensions in use"]
     return (
         _table(head, rows, numeric=range(1, 8))
-        + '<p class="soft">The interval draws compounds anew, since treatments of one compound succeed and fail together. '
-        "By chance: the mean score with mechanisms dealt at random to compounds, and how often that does as well. "
+        + '<p class="soft">The interval draws compounds anew, since treatments of one compound succeed and fail '
+        "together. By chance: the mean score with mechanisms dealt at random to compounds, and how often that does as well. "
         "Dimensions in use: participation ratio of the features before normalization; near 1 they have collapsed.</p>"
     )
 
@@ -233,8 +234,8 @@ def _comparison_section(runs):
     return (
         "<h2 id=comparison>Are the differences real?</h2>"
         + _table(head, rows, numeric=(2, 3, 4, 5, 6))
-        + '<p class="soft">Gained and lost: treatments that only the first named, or only the other, got right. Exact test: '
-        "McNemar's, each changed treatment a fair coin. By compound: the two exchanged compound by compound, "
+        + '<p class="soft">Gained and lost: treatments that only the first named, or only the other, got right. '
+        "Exact test: McNemar's, each changed treatment a fair coin. By compound: the two exchanged compound by compound, "
         "the one to trust, since one compound often brings several treatments.</p>"
     )
 
@@ -382,7 +383,8 @@ def _moa_section(runs):
         rows.append((moa, values))
     parts.append(bars(rows, legend))
     parts.append(
-        '<p class="soft">Left out of NSCB: mechanisms that occur in one batch, where no other batch could hold a match.</p>'
+        '<p class="soft">Left out of NSCB: mechanisms that occur in one batch, where no other batch could hold '
+        "a match.</p>"
     )
     parts.append("<h3>What is taken for what</h3>")
     tables = []
@@ -418,8 +420,8 @@ def _map_section(run, several):
     ]
     title = f"<h3>{escape(run['name'])}</h3>" if several else ""
     return (
-        f'{title}<p class="soft">{escape(scores["map_method"])} of the treatments\' profiles. Islands of one mechanism are '
-        "good; islands of one batch are not.</p>" + scatter_map(points, categories)
+        f'{title}<p class="soft">{escape(scores["map_method"])} of the treatments\' profiles. Islands of one mechanism '
+        "are good; islands of one batch are not.</p>" + scatter_map(points, categories)
     )
 
 
@@ -446,7 +448,8 @@ def _neighbour_section(run, index, several):
     title = f"{escape(run['name'])}: " if several else ""
     return (
         f"<details{'' if several else ' open'}><summary>{title}{len(rows)} treatments</summary>"
-        f'<p class="filter" data-table="{identifier}"><button type="button" data-show="all" aria-pressed="true">all</button>'
+        f'<p class="filter" data-table="{identifier}"><button type="button" data-show="all" aria-pressed="true">all'
+        "</button>"
         '<button type="button" data-show="miss" aria-pressed="false">missed only</button> '
         '<input type="search" placeholder="search treatments, mechanisms" aria-label="Search"></p>'
         f'<div class="scroll"><table class="plain neighbours" id="{identifier}"><thead><tr><th>Treatment</th>'
@@ -464,7 +467,8 @@ def _neighbour_cell(query, treatments, thumbnails):
     picture = thumbnails.get(name)
     image = f'<img src="{picture}" alt="" loading="lazy">' if picture else ""
     mark = '<span class="ok">✓</span>' if query["correct"] else '<span class="miss">✗</span>'
-    return f"{image}{mark} {escape(name)}<br><span class=soft>{escape(query['neighbour_moa'])}, {number(query['similarity'])}</span>"
+    note = f"{escape(query['neighbour_moa'])}, {number(query['similarity'])}"
+    return f"{image}{mark} {escape(name)}<br><span class=soft>{note}</span>"
 
 
 def _pictures_section(runs):
@@ -556,8 +560,8 @@ def render_report(runs):
     parts.append(_headline(runs))
     parts.append(
         '<p class="note">Scored at the end of training, a moment fixed beforehand; no epoch was chosen by its score. '
-        "NSC (not same compound) asks whether the treatment most alike, among all other compounds, has the same mechanism "
-        "of action; NSCB asks it of other compounds in other batches, where batch effects cannot help.</p>"
+        "NSC (not same compound) asks whether the treatment most alike, among all other compounds, has the same "
+        "mechanism of action; NSCB asks it of other compounds in other batches, where batch effects cannot help.</p>"
     )
     parts += [text for _, _, text in sections]
     folder = files(__package__)
