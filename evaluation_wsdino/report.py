@@ -187,26 +187,27 @@ def _sets_section(runs):
             scores = sets[name]
             title = f"{run['name']}: {name}" if len(runs) > 1 else name
             note = f'<br><span class="soft">{escape(_SET_NOTES[name])}</span>' if name in _SET_NOTES else ""
-            cells = [f"<b>{escape(title)}</b>{note}"]
-            for prefix in ("nsc", "nscb"):
-                null = scores.get(f"{prefix}_null") or {}
-                cells += [
-                    f"<b>{_score(scores, prefix)}</b>",
-                    _interval(scores, prefix),
-                    f"{percent(null.get('null_mean'), 0)}, {_p_value(null.get('p_value'))}",
-                ]
-            rows.append(("", [*cells, ""]))
+            rows.append(
+                ("", [f"<b>{escape(title)}</b>{note}", *[_score_cell(scores, p) for p in ("nsc", "nscb")], ""])
+            )
             for channel, part in scores["channels"].items():
                 ratio = f"{number(part['participation_ratio'])} of {part['features']}"
-                cells = [escape(channel), _score(part, "nsc"), "", "", _score(part, "nscb"), "", "", ratio]
-                rows.append(("sub", cells))
-    head = ["Profiles", "NSC", "95 %", "by chance", "NSCB", "95 %", "by chance", "dimensions in use"]
+                rows.append(("sub", [escape(channel), _score(part, "nsc"), _score(part, "nscb"), ratio]))
     return (
-        _table(head, rows, numeric=range(1, 8))
-        + '<p class="soft">The interval draws compounds anew, since treatments of one compound succeed and fail '
-        "together. By chance: the mean score with mechanisms dealt at random to compounds, and how often that does as well. "
-        "Dimensions in use: participation ratio of the features before normalization; near 1 they have collapsed.</p>"
+        _table(["Profiles", "NSC", "NSCB", "dimensions in use"], rows, numeric=range(1, 4))
+        + '<p class="soft">The 95 % interval draws compounds anew, since treatments of one compound succeed and fail '
+        "together. By chance: the mean score with mechanisms dealt at random to compounds, and how often that scores "
+        "as well. Dimensions in use: participation ratio of the features before normalization; near 1 they have "
+        "collapsed.</p>"
     )
+
+
+def _score_cell(scores, prefix):
+    null = scores.get(f"{prefix}_null") or {}
+    interval = _interval(scores, prefix)
+    chance = f"chance {percent(null.get('null_mean'), 0)}, {_p_value(null.get('p_value'))}"
+    lines = [f"<b>{_score(scores, prefix)}</b>", f"95 %: {interval}" if interval else "", chance]
+    return '<br><span class="soft">'.join(line for line in lines if line) + "</span>" * (len(lines) - 1)
 
 
 def _comparison_section(runs):
@@ -230,13 +231,13 @@ def _comparison_section(runs):
                     rows.append(_comparison_row(f"{run['name']} against {first['name']}", prefix, part))
     if not rows:
         return ""
-    head = ["Comparison", "", "gained", "lost", "difference", "exact test", "by compound"]
+    head = ["Comparison", "difference", "gained, lost", "exact test", "by compound"]
     return (
         "<h2 id=comparison>Are the differences real?</h2>"
-        + _table(head, rows, numeric=(2, 3, 4, 5, 6))
-        + '<p class="soft">Gained and lost: treatments that only the first named, or only the other, got right. '
-        "Exact test: McNemar's, each changed treatment a fair coin. By compound: the two exchanged compound by compound, "
-        "the one to trust, since one compound often brings several treatments.</p>"
+        + _table(head, rows, numeric=range(1, 5))
+        + '<p class="soft">Gained, lost: treatments that only the first named, or only the other, got right. '
+        "Exact test: McNemar's, each changed treatment a fair coin. By compound: the two exchanged compound by "
+        "compound; the one to trust, since one compound often brings several treatments.</p>"
     )
 
 
@@ -249,11 +250,9 @@ def _comparison_row(title, prefix, part):
     return (
         "",
         [
-            escape(title),
-            f"{prefix.upper()}, {part['compared']} treatments",
-            names(part["gained"]),
-            names(part["lost"]),
+            f'{escape(title)}<br><span class="soft">{prefix.upper()}, {part["compared"]} treatments</span>',
             difference,
+            f"{names(part['gained'])}, {names(part['lost'])}",
             _p_value(part["p_exact"]),
             _p_value(part["p_compound"]),
         ],
@@ -420,8 +419,8 @@ def _map_section(run, several):
     ]
     title = f"<h3>{escape(run['name'])}</h3>" if several else ""
     return (
-        f'{title}<p class="soft">{escape(scores["map_method"])} of the treatments\' profiles. Islands of one mechanism '
-        "are good; islands of one batch are not.</p>" + scatter_map(points, categories)
+        f'{title}<p class="soft">{escape(scores["map_method"])} of the treatments. Islands of one mechanism are good; '
+        "islands of one batch are not.</p>" + scatter_map(points, categories)
     )
 
 
@@ -559,7 +558,7 @@ def render_report(runs):
     parts.append(f"<nav>{links}</nav>")
     parts.append(_headline(runs))
     parts.append(
-        '<p class="note">Scored at the end of training, a moment fixed beforehand; no epoch was chosen by its score. '
+        '<p class="note">The headline is the network as training left it; no epoch was chosen by its score. '
         "NSC (not same compound) asks whether the treatment most alike, among all other compounds, has the same "
         "mechanism of action; NSCB asks it of other compounds in other batches, where batch effects cannot help.</p>"
     )

@@ -40,11 +40,14 @@ def bootstrap_interval(correct, compounds, level=0.95, draws=10_000, seed=0):
     """Percentile interval of the share of `correct`, drawing compounds with replacement.
 
     The neighbours stay as found: the interval is about which compounds happened to be screened, given this set of
-    candidates. nan for fewer than two compounds.
+    candidates. Where all treatments, or none, are right, drawing anew shows no spread: then it is Wilson's interval with
+    one answer a compound. nan for fewer than two compounds.
     """
     sums, sizes = _cluster_sums(correct, compounds)
     if len(sums) < 2:
         return (math.nan, math.nan)
+    if sums.sum() in (0, sizes.sum()):
+        return wilson_interval(len(sums) if sums.sum() else 0, len(sums), level)
     rng = np.random.default_rng(seed)
     shares = np.empty(draws)
     for start in range(0, draws, 1000):
