@@ -1,4 +1,4 @@
-"""Turn a training run's models into profiles: one Parquet file a feature set, one row a field, and pictures to look at.
+"""Turn a training run's models into profiles, one Parquet file a set and one row a field, and pictures to look at.
 
     wsdino-extract runs/demo            # profiles/{trained,untrained,intensity}.parquet and pictures/*.png
 
@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import torch
 from datasets import concatenate_datasets, load_dataset
 from tqdm.auto import tqdm
+from transformers.utils.logging import disable_progress_bar
 
 from dataset_scripts import ScreenError, open_planes
 from evaluation_wsdino.pictures import draw_attention, draw_fields
@@ -159,23 +160,27 @@ def example_rows(dataset, count: int) -> list[int]:
 
 
 def write_pictures(run: Path, dataset, channel: str, planes: np.ndarray) -> None:
-    """`fields_<channel>.png`: example fields; `attention_<channel>.png`: where the trained network looks (figure 1)."""
+    """`fields_<channel>.png`, example fields; `attention_<channel>.png`, where the network looks (figure 1)."""
     folder = run / channel / "model"
     image_processor = WSDinoImageProcessor.from_pretrained(folder)
     model = WSDinoModel.from_pretrained(folder).eval()
     rows = example_rows(dataset, 8)
-    titles = [
-        f"{moa}: {treatment}" for moa, treatment in zip(*(dataset[rows][c] for c in ("moa", "treatment")), strict=True)
-    ]
+    chosen = dataset.select_columns(["moa", "treatment"])[rows]
+    titles = [f"{moa}: {treatment}" for moa, treatment in zip(chosen["moa"], chosen["treatment"], strict=True)]
     limit = image_processor.max_intensity
     pictures = run / "pictures"
     pictures.mkdir(exist_ok=True)
     draw_fields([np.minimum(planes[row] / limit, 1) for row in rows], titles).save(pictures / f"fields_{channel}.png")
-    tiles = np.stack([image_processor.field_tiles(planes[row])[0][0] for row in rows[:4]])
+    # One picture of the whole centre that the tiles cover: the network takes any size, and cells stay uncut.
+    whole = WSDinoImageProcessor(
+        tile_size=image_processor.tile_size * image_processor.tile_grid, tile_grid=1, max_intensity=limit
+    )
+    centres = np.stack([whole.field_tiles(planes[row])[0] for row in rows[:4]])
     with torch.no_grad():
-        maps = model.attention_maps(torch.from_numpy(tiles)[:, None])
+        maps = model.attention_maps(torch.from_numpy(centres))
     masks = attention_mass_mask(maps.mean(1), 0.6)
-    draw_attention(tiles, maps.numpy(), masks.numpy(), titles[:4]).save(pictures / f"attention_{channel}.png")
+    sheet = draw_attention(centres[:, 0], maps.numpy(), masks.numpy(), titles[:4])
+    sheet.save(pictures / f"attention_{channel}.png")
 
 
 def extract(run: Path, dataset_path: str | None, parts: list[str], sets: list[str], batch_size: int) -> None:
@@ -217,6 +222,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS, help="what to extract")
     parser.add_argument("--batch_size", type=int, default=16, help="fields that go through the network together")
     arguments = parser.parse_args(argv)
+    disable_progress_bar()  # of loading a file's weights, which is no work to wait for
     if arguments.batch_size < 1:
         parser.error(f"--batch_size is {arguments.batch_size}: give 1 or more.")
     try:

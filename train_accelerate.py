@@ -29,6 +29,7 @@ from datasets import load_dataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
+from transformers.utils.logging import disable_progress_bar
 
 from dataset_scripts import ScreenError, build_dataset, open_planes, simulate_screen
 from modeling_wsdino import WSDinoConfig, WSDinoImageProcessor, WSDinoModel
@@ -578,6 +579,7 @@ def train(arguments: TrainingArguments) -> bool:
 
 def main(argv: list[str] | None = None) -> None:
     parser, arguments = parse_arguments(argv)
+    disable_progress_bar()  # of reading and writing a model's file, which is no work to wait for
     try:
         finished = train(arguments)
     except (TrainingError, ScreenError) as error:

@@ -1,0 +1,341 @@
+"""The training command: presets, exact resume, several processes, refusals; the whole way by real commands."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_accelerate
+
+ROOT = Path(__file__).parents[1]
+# A network and crops small enough for the tiny screen's 64 x 80 planes.
+SMALL = [
+    *("--hidden_size", "32", "--num_hidden_layers", "2", "--num_attention_heads", "2", "--batch_size", "4"),
+    *("--global_crop_size", "32", "--local_crop_size", "16", "--tile_size", "32", "--local_crops", "3"),
+    *("--num_prototypes", "64", "--head_hidden_dim", "32", "--head_bottleneck_dim", "16", "--log_every", "1"),
+]
+
+
+def train(screen, folder, *flags):
+    train_accelerate.main(["--dataset", str(screen), "--output_dir", str(folder), *SMALL, *flags])
+
+
+def weights(folder, channel="dna"):
+    return load_file(folder / channel / "model" / "model.safetensors")
+
+
+def lines(folder, channel="dna"):
+    return [json.loads(line) for line in (folder / channel / "metrics.jsonl").read_text().splitlines()]
+
+
+def command(*words, **environment):
+    """A real command in a process of its own; its output and status."""
+    return subprocess.run(
+        [sys.executable, *words],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_paper_preset_is_the_published_recipe():
+    _, arguments = train_accelerate.parse_arguments(["--preset", "paper"])
+    published = {
+        "weak_label": "compound",
+        "init": "facebook/dino-vits8",
+        "hidden_size": 384,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 6,
+        "patch_size": 8,
+        "drop_path_rate": 0.1,
+        "global_crops": 2,
+        "global_crop_size": 224,
+        "global_crop_area": [0.1, 0.2],
+        "local_crops": 8,
+        "local_crop_size": 96,
+        "local_crop_area": [0.04, 0.08],
+        "num_prototypes": 65536,
+        "head_hidden_dim": 2048,
+        "head_bottleneck_dim": 256,
+        "freeze_last_layer_epochs": 1,
+        "student_temperature": 0.07,
+        "teacher_temperature": 0.04,
+        "warmup_teacher_temperature": 0.04,
+        "center_momentum": 0.8,
+        "teacher_momentum": 0.99,
+        "epochs": 400,
+        "stop_after_epoch": 200,
+        "batch_size": 16,
+        "learning_rate": 4e-6,
+        "final_learning_rate": 3e-6,
+        "warmup_epochs": 10,
+        "weight_decay": 0.0,
+        "max_grad_norm": 0.0,
+        "mixed_precision": "no",
+    }
+    ours = asdict(arguments)
+    assert {name: ours[name] for name in published} == published
+
+
+def test_flags_override_the_preset_and_help_shows_its_values(capsys):
+    _, arguments = train_accelerate.parse_arguments(["--epochs", "3"])
+    assert (arguments.preset, arguments.epochs, arguments.hidden_size) == ("demo", 3, 96)
+    with pytest.raises(SystemExit) as ended:
+        train_accelerate.parse_arguments(["--preset", "paper", "--help"])
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "4e-06" in text and "(default: 65536)" in text
+
+
+def test_resume_in_mid_epoch_is_exact(tiny_screen, tmp_path):
+    """Stopped after one step and continued, against never stopped: same weights to the bit, same log."""
+    flags = ("--channels", "dna", "--epochs", "2", "--max_grad_norm", "1", "--drop_path_rate", "0.2")
+    train(tiny_screen, tmp_path / "whole", *flags)
+    steps = len(lines(tmp_path / "whole"))
+    assert steps >= 4 and steps % 2 == 0, "the stop at step 1 must lie inside an epoch"
+    train(tiny_screen, tmp_path / "parts", *flags, "--max_steps", "1")
+    train(tiny_screen, tmp_path / "parts", *flags, "--resume")
+    expected, ours = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert expected.keys() == ours.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, ours[name]), name
+    timeless = lambda run: [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines(run)]  # noqa: E731
+    assert timeless(tmp_path / "parts") == timeless(tmp_path / "whole")
+
+
+def test_training_moves_the_weights_and_logs_the_schedules(tiny_screen, tmp_path):
+    train(
+        tiny_screen,
+        tmp_path,
+        "--channels",
+        "actin",
+        "--epochs",
+        "2",
+        "--warmup_epochs",
+        "1",
+        "--learning_rate",
+        "0.01",
+    )
+    torch.manual_seed(0)
+    _, arguments = train_accelerate.parse_arguments(SMALL)
+    start = train_accelerate.initial_backbone(arguments, "actin").state_dict()
+    moved = [name for name, tensor in weights(tmp_path, "actin").items() if not torch.equal(tensor, start[name])]
+    assert len(moved) > len(start) / 2
+    log = lines(tmp_path, "actin")
+    per_epoch = len(log) // 2
+    assert [line["step"] for line in log] == list(range(1, 2 * per_epoch + 1))
+    np.testing.assert_allclose(
+        [line["lr"] for line in log[:per_epoch]], np.linspace(0, 0.01, per_epoch) if per_epoch > 1 else [0.0]
+    )
+    assert log[-1]["epoch"] == 2.0
+    for line in log:
+        assert (
+            math.isfinite(line["loss"]) and 0 <= line["teacher_entropy"] <= line["mean_entropy"] <= math.log(64) + 1e-4
+        )
+        assert line["loss"] == pytest.approx(line["teacher_entropy"] + line["kl"], abs=1e-4)
+
+
+def test_prototypes_rest_in_the_first_epoch(tiny_screen, tmp_path):
+    flags = ("--channels", "dna", "--epochs", "2", "--warmup_epochs", "0", "--teacher_momentum", "0.5")
+    train(tiny_screen, tmp_path, *flags, "--stop_after_epoch", "1")
+    _, arguments = train_accelerate.parse_arguments([*SMALL, *flags])
+    start = prototypes_at_start(arguments)
+    assert torch.equal(saved_student(tmp_path)["head.last_layer.parametrizations.weight.original1"], start)
+    train(tiny_screen, tmp_path, *flags, "--resume")
+    assert not torch.equal(saved_student(tmp_path)["head.last_layer.parametrizations.weight.original1"], start)
+
+
+def prototypes_at_start(arguments):
+    from pretraining_wsdino import DinoHead
+
+    torch.manual_seed(arguments.seed + 1)
+    head = DinoHead(32, 64, hidden_dim=32, bottleneck_dim=16)
+    return head.last_layer.parametrizations.weight.original1.detach()
+
+
+def saved_student(run):
+    newest = sorted((run / "dna" / "checkpoints").iterdir())[-1]
+    return load_file(newest / "model.safetensors")
+
+
+def test_a_damaged_checkpoint_is_named_and_the_older_one_used(tiny_screen, tmp_path, capsys):
+    flags = ("--channels", "dna", "--epochs", "3", "--save_every", "1")
+    train(tiny_screen, tmp_path / "whole", *flags)
+    train(tiny_screen, tmp_path / "hurt", *flags, "--stop_after_epoch", "2")
+    newest = sorted((tmp_path / "hurt" / "dna" / "checkpoints").iterdir())[-1]
+    file = newest / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    capsys.readouterr()
+    train(tiny_screen, tmp_path / "hurt", *flags, "--resume")
+    assert f"{newest} is damaged" in capsys.readouterr().out
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(tensor, weights(tmp_path / "hurt")[name]), name
+
+
+def test_checkpoints_are_pruned_to_the_newest(tiny_screen, tmp_path):
+    train(tiny_screen, tmp_path, "--channels", "dna", "--epochs", "4", "--save_every", "1", "--keep", "2")
+    steps = lines(tmp_path)[-1]["step"]
+    kept = sorted(path.name for path in (tmp_path / "dna" / "checkpoints").iterdir())
+    assert kept == [f"step_{step:08d}" for step in (steps * 3 // 4, steps)]
+
+
+REFUSALS = [
+    (["--weak_label", "moon"], "--weak_label moon"),
+    (["--channels", "gold"], "--channels gold"),
+    (["--channels", "dna", "dna"], "--channels"),
+    (["--part", "moon"], "--part moon"),
+    (["--dataset", "/nowhere/at/all"], "/nowhere/at/all"),
+    (["--patch_size", "7"], "--global_crop_size 32 is not a multiple of the patch size 7"),
+    (["--tile_size", "30"], "--tile_size 30"),
+    (["--global_crop_area", "0.5", "0.2"], "--global_crop_area is 0.5 0.2"),
+    (["--batch_size", "0"], "--batch_size is 0"),
+    (["--student_temperature", "0"], "--student_temperature is 0"),
+    (["--teacher_momentum", "1.5"], "--teacher_momentum is 1.5"),
+    (["--mixed_precision", "int8"], "--mixed_precision is 'int8'"),
+    (["--pair_constraint", "moon"], "--pair_constraint is 'moon'"),
+    (["--init", "/nowhere/weights.pth"], "--init /nowhere/weights.pth"),
+    (["--preset", "moon"], "--preset is 'moon'"),
+    (["--epochs", "0"], "--epochs is 0"),
+    (["--local_crops", "0", "--global_crops", "1"], "single view"),
+]
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"), REFUSALS, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_unusable_settings_are_refused_in_one_sentence(tiny_screen, tmp_path, capsys, flags, sentence):
+    with pytest.raises(SystemExit) as ended:
+        train(tiny_screen, tmp_path / "run", *flags)
+    said = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert ended.value.code == 2 and len(said) == 1 and sentence in said[0], said
+    assert not (tmp_path / "run").exists(), "nothing may be left behind"
+
+
+def test_a_folder_that_holds_another_run_is_refused(tiny_screen, tmp_path, capsys):
+    flags = ("--channels", "dna", "--epochs", "2", "--max_steps", "1")
+    train(tiny_screen, tmp_path / "run", *flags)
+    before = weights(tmp_path / "run")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("mine")
+    for more, folder, sentence in (
+        ([], "run", "already holds a run: give --resume"),
+        (["--resume", "--learning_rate", "0.5"], "run", "other settings (--learning_rate)"),
+        (["--resume", "--batch_size", "8"], "run", "4 pairs a step and this launch makes 8"),
+        ([], "other", "holds no run"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            train(tiny_screen, tmp_path / folder, *flags[:4], *more)
+        assert ended.value.code == 2 and sentence in capsys.readouterr().err
+    for name, tensor in weights(tmp_path / "run").items():
+        assert torch.equal(tensor, before[name])
+    assert (tmp_path / "other" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_bad_loss_stops_the_run_and_names_the_images(tiny_screen, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        train(
+            tiny_screen,
+            tmp_path,
+            "--channels",
+            "dna",
+            "--epochs",
+            "3",
+            "--learning_rate",
+            "1e30",
+            "--warmup_epochs",
+            "0",
+        )
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "is not finite; its images are rows [" in said
+    assert not (tmp_path / "dna" / "model").exists()
+
+
+@pytest.mark.slow
+def test_a_launch_of_fewer_processes_than_asked_is_refused(tiny_screen, tmp_path):
+    launch = ["-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "2"]
+    done = command(
+        *launch, "train_accelerate.py", "--dataset", str(tiny_screen), "--output_dir", str(tmp_path / "run")
+    )
+    assert done.returncode != 0 and "one process where several were asked for" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tiny_screen, tmp_path):
+    """Same global batch on one process and on two (gloo): equal weights within float32's rounding."""
+    flags = ["--dataset", str(tiny_screen), *SMALL, "--channels", "tubulin", "--epochs", "2"]
+    train(tiny_screen, tmp_path / "one", *flags[2:])
+    done = command(
+        *("-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2"),
+        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+        *("train_accelerate.py", *flags, "--batch_size", "2", "--output_dir", str(tmp_path / "two")),
+        ACCELERATE_USE_CPU="true",
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "two" / "settings.json").read_text())["processes"] == 2
+    expected = weights(tmp_path / "one", "tubulin")
+    for name, tensor in weights(tmp_path / "two", "tubulin").items():
+        torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=1e-4)
+    losses = [[line["loss"] for line in lines(tmp_path / run, "tubulin")] for run in ("one", "two")]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_whole_way_through_real_commands(tmp_path):
+    """simulate -> prepare -> train 2 steps -> resume -> extract -> evaluate -> report, as a user types them."""
+    raw, built, run = tmp_path / "raw", tmp_path / "built", tmp_path / "run"
+    steps = [
+        ("-m", "dataset_scripts.simulate", str(raw), "--size", "tiny"),
+        ("-m", "dataset_scripts.prepare", "--raw", str(raw), "--output", str(built)),
+        (
+            "train_accelerate.py",
+            "--dataset",
+            str(built),
+            "--output_dir",
+            str(run),
+            *SMALL,
+            "--epochs",
+            "1",
+            "--max_steps",
+            "2",
+        ),
+        (
+            "train_accelerate.py",
+            "--dataset",
+            str(built),
+            "--output_dir",
+            str(run),
+            *SMALL,
+            "--epochs",
+            "1",
+            "--resume",
+        ),
+        ("extract_profiles.py", str(run)),
+        ("-m", "evaluation_wsdino.evaluate_profiles", str(run)),
+        ("-m", "evaluation_wsdino.report", str(run)),
+    ]
+    for words in steps:
+        done = command(*words, HF_HOME=str(tmp_path / "home"))
+        assert done.returncode == 0, f"{words}: {done.stderr}"
+    assert lines(run, "actin")[1]["step"] == 2 and lines(run, "actin")[-1]["epoch"] == 1.0
+    tables = {path.stem: pd.read_parquet(path) for path in (run / "profiles").glob("*.parquet")}
+    assert set(tables) == {"trained", "untrained", "intensity"}
+    for name, width in (("trained", 96), ("untrained", 96), ("intensity", 33)):
+        features = [column for column in tables[name] if not column.startswith("Metadata_")]
+        assert len(features) == width and tables[name][features].notna().all().all()
+    assert (tables["trained"]["Metadata_Compound"] == "DMSO").any()
+    results = json.loads((run / "results.json").read_text())
+    assert results["simulated"] is True
+    report = (run / "report.html").read_text()
+    assert "simulated" in report.lower() and "http://" not in report.replace("http://www.w3.org", "")
