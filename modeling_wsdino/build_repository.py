@@ -31,10 +31,8 @@ def build_repository(
 ) -> Path:
     """Write a repository folder for one model.
 
-    `save_pretrained` alone leaves the code files out; the folder written here is complete, so that uploading
-    it as it is
-    makes a working Hub repository. It is written beside (`<folder>.partial`) and renamed, so that a folder of
-    this name is always whole.
+    `save_pretrained` alone leaves the code files out; the folder written here is complete: uploaded as it is, it makes
+    a working Hub repository. It is written beside (`<folder>.partial`) and renamed, so a folder of this name is whole.
 
     Parameters
     ----------
@@ -94,9 +92,12 @@ def build_repository(
         shutil.copyfile(Path(__file__).with_name(name), partial / name)
     if card is not None:
         (partial / "README.md").write_text(card, encoding="utf-8")
+    replaced = folder.with_name(folder.name + ".replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():
-        shutil.rmtree(folder)
+        folder.rename(replaced)
     partial.rename(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
     return folder
 
 

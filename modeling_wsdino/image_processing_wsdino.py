@@ -17,7 +17,10 @@ from transformers import BaseImageProcessor, BatchFeature
 
 # Modes of Pillow images with a single intensity a pixel. A colour image is a rendering, not a measurement.
 GRAY_MODES = ("L", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
-TILE_LAYOUTS = ("paper", "full")
+TILE_LAYOUTS = ("paper", "full", "original_code")
+# The crops of the authors' released evaluation script, (top, left, height, width) of a 512x640 field: two of them are
+# wider than the square the paper describes.
+ORIGINAL_CODE_CROPS = ((32, 64, 224, 256), (32, 320, 224, 224), (256, 64, 224, 256), (256, 320, 224, 224))
 
 
 class WSDinoImageProcessorKwargs(TypedDict, total=False):
@@ -36,9 +39,10 @@ class WSDinoImageProcessor(BaseImageProcessor):
 
     Parameters
     ----------
-    tiles : {"paper", "full"}
+    tiles : {"paper", "full", "original_code"}
         Which tiles: `paper` is a centred grid of `tile_grid` by `tile_grid`; `full` covers the whole field with the
-        fewest tiles, evenly spaced and so overlapping where the sides are no multiples of a tile.
+        fewest tiles, evenly spaced and so overlapping where the sides are no multiples of a tile; `original_code` are
+        the crops of the authors' released script, for comparing numbers: of 512x640 fields alone, two of them 224x256.
     tile_size : int
         Side of a tile in pixels (224 in the paper).
     tile_grid : int
@@ -96,12 +100,11 @@ class WSDinoImageProcessor(BaseImageProcessor):
         tiles = [tile for image in images for tile in self.field_tiles(image, **kwargs)]
         if not tiles:
             raise ValueError("no images were given: pass at least one field.")
+        if len({tile.shape[1:] for tile in tiles}) > 1:
+            raise ValueError("tiles of different sizes cannot share a batch: use the pipeline instead.")
         if len({tile.shape for tile in tiles}) > 1:
-            raise ValueError(
-                f"fields with {' and '.join(sorted({str(tile.shape[0]) for tile in tiles}))} channels cannot share "
-                f"a batch: "
-                "process them apart."
-            )
+            counts = " and ".join(sorted({str(tile.shape[0]) for tile in tiles}))
+            raise ValueError(f"fields with {counts} channels cannot share a batch: process them apart.")
         return BatchFeature({"pixel_values": np.stack(tiles)}, tensor_type=return_tensors)
 
     def field_tiles(
@@ -125,7 +128,7 @@ class WSDinoImageProcessor(BaseImageProcessor):
         Returns
         -------
         list of numpy.ndarray
-            Float32 `(channels, tile_size, tile_size)` in [0, 1], row by row.
+            Float32 `(channels, tile_size, tile_size)` in [0, 1], row by row (`original_code`: 224 by 224 or 256).
 
         Raises
         ------
@@ -134,15 +137,22 @@ class WSDinoImageProcessor(BaseImageProcessor):
         """
         field, name = _read_field(image, list(self.channel_names if channel_names is None else channel_names))
         limit = self._intensity_limit(field, name, max_intensity)
-        size = self.tile_size
+        boxes = self._tile_boxes(*field.shape[-2:], name, self.tiles if tiles is None else tiles)
         return [
-            np.clip(field[:, top : top + size, left : left + size], 0, limit).astype(np.float32) / np.float32(limit)
-            for top, left in self._tile_corners(*field.shape[-2:], name, self.tiles if tiles is None else tiles)
+            np.clip(field[:, top : top + height, left : left + width], 0, limit).astype(np.float32) / np.float32(limit)
+            for top, left, height, width in boxes
         ]
 
-    def _tile_corners(self, height: int, width: int, name: str, tiles: str) -> list[tuple[int, int]]:
-        """Top left corners of the tiles of a `height` by `width` field."""
+    def _tile_boxes(self, height: int, width: int, name: str, tiles: str) -> Iterable[tuple[int, int, int, int]]:
+        """Top, left, height and width of the tiles of a `height` by `width` field."""
         size = self.tile_size
+        if tiles == "original_code":
+            if (height, width) != (512, 640):
+                raise ValueError(
+                    f"{name} is {height}x{width} pixels (height x width), but the released code crops 512x640: "
+                    "resize it, or choose tiles='paper'."
+                )
+            return ORIGINAL_CODE_CROPS
         if tiles == "paper":
             region = self.tile_grid * size
             mend = "give a larger field, or a smaller tile_size or tile_grid"
@@ -164,7 +174,7 @@ class WSDinoImageProcessor(BaseImageProcessor):
                 f"{name} is {height}x{width} pixels (height x width), smaller than the {region}x{region} of its "
                 f"{size}x{size} tiles: {mend}."
             )
-        return [(top, left) for top in tops for left in lefts]
+        return [(top, left, size, size) for top in tops for left in lefts]
 
     def _intensity_limit(self, field: np.ndarray, name: str, max_intensity: int | float | None) -> int | float:
         """The intensity that becomes 1. An 8-bit field scaled as a 16-bit one would be nearly black."""

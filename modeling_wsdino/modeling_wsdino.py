@@ -1,9 +1,8 @@
 """The WS-DINO vision transformer: one tower a fluorescence channel, and the model that holds several towers.
 
-The network is the DINO ViT (arXiv 2104.14294) as WS-DINO trains it (arXiv 2209.07819): pre-norm blocks,
-learned position
-embeddings, a CLS token whose final LayerNorm output is the feature. It differs from the ViTs in transformers by its
-position-embedding interpolation and by taking one-channel images.
+The network is the DINO ViT (arXiv 2104.14294) as WS-DINO trains it (arXiv 2209.07819): pre-norm blocks, learned
+position embeddings, a CLS token whose final LayerNorm output is the feature. It differs from the ViTs in transformers
+by its position-embedding interpolation and by taking one-channel images.
 
 Parameter names and those of the original DINO (`blocks.0.attn.qkv.weight`) map one to one, see `DINO_KEYS`.
 """

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sized
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import Pipeline
 from transformers.pipelines.pt_utils import KeyDataset, PipelineDataset, PipelineIterator
 
@@ -19,30 +19,27 @@ class WSDinoFeatureExtractionPipeline(Pipeline):
     """
     Extract features of fluorescence fields: tiles, CLS token of each, median over the tiles.
 
-    A repository of one channel gives `hidden_size` numbers a field (384 for ViT-S); the combined repository
-    gives those
-    of its channels side by side, divided by their Euclidean norm (1152), as profiles are compared in the paper.
+    A repository of one channel gives `hidden_size` numbers a field (384 for ViT-S); the combined repository gives
+    those of its channels side by side, divided by their Euclidean norm (1152), as the paper compares profiles.
+
+    One input is an array `(height, width)` or `(channels, height, width)`, a Pillow image, the path of a PNG or TIFF
+    file, or a dict of these by channel name. Lists return lists. Generators, `KeyDataset` and other torch datasets
+    return an iterator that reads as it goes; a dataset of the `datasets` library is read by the columns named like the
+    model's channels. `batch_size` counts fields, whose tiles go through the model together.
 
     Parameters (of the pipeline, or of one call)
     ----------
     outputs : {"features", "tiles", "patches", "attention"}
         `features` (default): one vector a field, `(hidden,)`. `tiles`: the CLS token of every tile, `(tiles, hidden)`.
-        `patches`: the patch tokens, `(tiles, h, w, hidden)`. `attention`: how much the CLS token attends to
-        each patch in the
-        last block, `(tiles, heads, h, w)`. Of a combined model, channels stand side by side in the hidden or
+        `patches`: the patch tokens, `(tiles, h, w, hidden)`. `attention`: how much the CLS token attends to each patch
+        in the last block, `(tiles, heads, h, w)`. The channels of a combined model stand side by side in the hidden or
         heads dimension.
-    tiles : str
-        Which tiles, instead of the image processor's own choice.
+    tiles : {"paper", "full", "original_code"}
+        Which tiles, instead of the image processor's own choice. With `original_code` the median is its lower one.
     max_intensity : int or float
         The intensity that becomes 1, instead of the image processor's (255 for 8-bit images).
     return_tensors : bool
-        Return a float32 `torch.Tensor` instead of (nested) lists of numbers, which is the default of the stock
-        pipelines.
-
-    One input is an array `(height, width)` or `(channels, height, width)`, a Pillow image, the path of a PNG
-    or TIFF file, or a
-    dict of these by channel name. Lists return lists; generators, `KeyDataset` and other torch datasets return
-    an iterator that reads as it goes. `batch_size` counts fields, whose tiles go through the model together.
+        Return a float32 `torch.Tensor` instead of (nested) lists of numbers, the default of the stock pipelines.
     """
 
     _load_processor = False
@@ -63,7 +60,7 @@ class WSDinoFeatureExtractionPipeline(Pipeline):
         chosen = [
             {"tiles": tiles, "max_intensity": max_intensity},
             {"outputs": outputs},
-            {"outputs": outputs, "return_tensors": return_tensors},
+            {"outputs": outputs, "tiles": tiles, "return_tensors": return_tensors},
         ]
         return tuple({key: value for key, value in part.items() if value is not None} for part in chosen)
 
@@ -75,6 +72,8 @@ class WSDinoFeatureExtractionPipeline(Pipeline):
             return []
         if isinstance(inputs, KeyDataset):
             self._check_column(inputs)
+        elif hasattr(inputs, "select_columns"):  # of the `datasets` library: a table, or a stream of rows
+            inputs = self._channel_rows(inputs)
         return super().__call__(inputs, **kwargs)
 
     def _check_column(self, inputs: KeyDataset) -> None:
@@ -86,6 +85,18 @@ class WSDinoFeatureExtractionPipeline(Pipeline):
                 f"the column {inputs.key} was given, but this model was trained on {channel_names[0]}: "
                 f"give KeyDataset(dataset, {channel_names[0]!r}), or use the repository of the other channel."
             )
+
+    def _channel_rows(self, inputs: Any) -> Any:
+        """The model's channels of every row, the other columns not even decoded."""
+        channel_names, columns = self.model.config.channel_names, inputs.column_names or []
+        absent = [name for name in channel_names if columns and name not in columns]
+        if absent or not channel_names:
+            raise ValueError(
+                f"the dataset has the columns {', '.join(columns)}, but this model needs "
+                f"{', '.join(absent) or 'a name'}: rename the channel's column, or give KeyDataset(dataset, <column>)."
+            )
+        rows = inputs.select_columns(channel_names)
+        return _Rows(rows) if isinstance(rows, Sized) else (row for row in rows)
 
     def preprocess(self, image: Any, **image_processor_kwargs: Any) -> dict[str, list[torch.Tensor]]:
         """One field's tiles, each `(channels, height, width)`."""
@@ -107,14 +118,14 @@ class WSDinoFeatureExtractionPipeline(Pipeline):
             )
         return {"tiles": [torch.from_numpy(tile) for tile in tiles]}
 
-    def _forward(self, inputs: dict, outputs: str = "features") -> dict[str, list[torch.Tensor]]:
-        """What the model says of every tile of every field, in float32: one tensor a field."""
-        fields = inputs["tiles"] if isinstance(inputs["tiles"][0], list) else [inputs["tiles"]]
-        results = self._run_model(torch.stack([tile for field in fields for tile in field]), outputs)
-        return {"tiles": list(results.float().split([len(field) for field in fields]))}
+    def _forward(self, inputs: dict, outputs: str = "features") -> dict[str, list[tuple[torch.Tensor, ...]]]:
+        """What the model says of every tile of every field, in float32: one tuple of tensors a field."""
+        batch = _collate([inputs]) if "tiles" in inputs else inputs
+        results = [self._run_model(stack, outputs).float().cpu() for stack in batch["stacks"]]
+        return {"fields": [tuple(results[stack][row] for stack, row in field) for field in batch["places"]]}
 
     def _run_model(self, pixel_values: torch.Tensor, outputs: str) -> torch.Tensor:
-        """The model's answer for a stack of tiles."""
+        """The model's answer for a stack of tiles of one size."""
         if outputs == "attention":
             return self.model.attention_maps(pixel_values)
         if outputs == "patches":
@@ -123,15 +134,28 @@ class WSDinoFeatureExtractionPipeline(Pipeline):
         # `cls_only` spares the last block the patches, which only `patches` would need
         return self.model(pixel_values, cls_only=True).pooler_output
 
-    def postprocess(self, model_outputs: dict, outputs: str = "features", return_tensors: bool = False) -> Any:
+    def postprocess(
+        self,
+        model_outputs: dict,
+        outputs: str = "features",
+        tiles: str | None = None,
+        return_tensors: bool = False,
+    ) -> Any:
         """The median over tiles, and for a combined model the unit norm; or what `outputs` names."""
-        result = model_outputs["tiles"][0]
+        field = model_outputs["fields"]
+        field = field[0] if isinstance(field, list) else field  # the stock iterator unpacks batches of two and more
         if outputs == "features":
-            ordered = result.sort(dim=0).values
-            # torch.median returns the lower of the two middle tiles; this is the mean of both
-            result = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
+            ordered = torch.stack(field).sort(dim=0).values
+            lower, upper = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
+            # the released code takes torch.median, the lower of the two middle tiles; the median is their mean
+            original = (self.image_processor.tiles if tiles is None else tiles) == "original_code"
+            result = lower if original else (lower + upper) / 2
             if len(self.model.config.channel_names) > 1:
                 result = torch.nn.functional.normalize(result, dim=0)
+        elif len({tile.shape for tile in field}) > 1:  # patches of tiles that differ in size
+            return list(field) if return_tensors else [tile.tolist() for tile in field]
+        else:
+            result = torch.stack(field)
         return result if return_tensors else result.tolist()
 
     def get_iterator(
@@ -154,9 +178,29 @@ class WSDinoFeatureExtractionPipeline(Pipeline):
         return PipelineIterator(results, self.postprocess, postprocess_params)
 
 
-def _collate(fields: list[dict]) -> dict[str, list[list[torch.Tensor]]]:
-    """Several fields' tiles, still apart."""
-    return {"tiles": [field["tiles"] for field in fields]}
+class _Rows(Dataset):
+    """A table of the `datasets` library as a torch dataset, which is what the stock pipelines stream."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.rows[index]
+
+
+def _collate(fields: list[dict[str, list[torch.Tensor]]]) -> dict[str, list]:
+    """Stack the tiles of several fields, one stack a tile size, and note where each field's tiles went."""
+    stacks, places = {}, []
+    for field in fields:
+        places.append([])
+        for tile in field["tiles"]:
+            stack = stacks.setdefault(tile.shape, [])
+            places[-1].append((list(stacks).index(tile.shape), len(stack)))
+            stack.append(tile)
+    return {"stacks": [torch.stack(stack) for stack in stacks.values()], "places": places}
 
 
 __all__ = ["WSDinoFeatureExtractionPipeline"]

@@ -58,6 +58,19 @@ def test_full_covers_every_pixel_with_the_fewest_tiles(processor):
     assert len(processor.field_tiles(field(64, 64), tiles="full")) == 1
 
 
+def test_the_original_codes_crops_are_those_of_its_script():
+    # x_min, y_min, x_max, y_max as the authors' evaluation script writes them
+    corners = [(64, 32, 320, 256), (320, 32, 544, 256), (64, 256, 320, 480), (320, 256, 544, 480)]
+    plane = field(512, 640)
+    tiles = WSDinoImageProcessor(tiles="original_code").field_tiles(plane)
+    for tile, (left, top, right, bottom) in zip(tiles, corners, strict=True):
+        np.testing.assert_allclose(tile[0], np.minimum(plane[top:bottom, left:right], 10_000) / 1e4, atol=1e-7)
+    with pytest.raises(ValueError, match="but the released code crops 512x640"):
+        WSDinoImageProcessor().field_tiles(field(640, 512), tiles="original_code")
+    with pytest.raises(ValueError, match="tiles of different sizes cannot share a batch"):
+        WSDinoImageProcessor()(plane, tiles="original_code")
+
+
 def test_every_kind_of_field_gives_the_same_tiles(processor, tmp_path):
     plane = field()
     expected = processor(plane, return_tensors="np")["pixel_values"]
@@ -168,7 +181,7 @@ def test_files_that_cannot_be_read_are_named(processor, tmp_path):
 
 def test_settings_are_checked_and_kept(tmp_path):
     for values, words in [
-        ({"tiles": "some"}, "tiles must be one of paper, full, but is 'some'"),
+        ({"tiles": "some"}, "tiles must be one of paper, full, original_code, but is 'some'"),
         ({"tile_size": 0}, "tile_size must be positive"),
         ({"max_intensity": -1}, "max_intensity must be positive"),
     ]:
