@@ -53,7 +53,7 @@ def read_run(run: Path) -> tuple[dict, TrainingArguments, list[str]]:
     path = run / "settings.json"
     try:
         settings = json.loads(path.read_text())
-        arguments = TrainingArguments(**settings["settings"])
+        arguments = TrainingArguments(**settings["arguments"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TrainingError(f"{path} cannot be read ({error}): give the folder of a training run.") from error
     channels = [name for name in arguments.channels if (run / name / "model" / "model.safetensors").exists()]

@@ -140,7 +140,7 @@ def describe_run(arguments: TrainingArguments, dataset, path: str, accelerator: 
     packages = ("torch", "transformers", "datasets", "accelerate", "numpy")
     sources = sorted(set(dataset["source"])) if "source" in dataset.column_names else []
     return {
-        "settings": asdict(arguments),
+        "arguments": asdict(arguments),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "git": {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))},
         "dataset": {
@@ -167,7 +167,7 @@ def check_run_folder(arguments: TrainingArguments) -> None:
     if settings.exists():
         if not arguments.resume:
             raise TrainingError(f"{run} already holds a run: give --resume to continue it, or another --output_dir.")
-        changed = changed_settings(json.loads(settings.read_text())["settings"], asdict(arguments))
+        changed = changed_settings(json.loads(settings.read_text())["arguments"], asdict(arguments))
         if changed:
             flags = ", ".join(f"--{name}" for name in changed)
             raise TrainingError(f"{run} holds a run with other settings ({flags}): give another --output_dir.")

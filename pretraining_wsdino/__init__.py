@@ -1,8 +1,7 @@
 """Self-distillation with weak labels: pairs, crops, head, loss, teacher and schedules, in plain PyTorch."""
 
-from .arguments import TrainingArguments, changed_settings, check_arguments, preset_arguments
+from .arguments import TrainingArguments, TrainingError, changed_settings, check_arguments, preset_arguments
 from .distillation import DinoHead, DinoLoss, FeatureWindow, MultiCropNetwork, participation_ratio, update_teacher
-from .errors import TrainingError
 from .multicrop import CropSpec, cut_window, draw_boxes, resize_windows
 from .pairs import PairBatchSampler, PlanePairs, WeakLabelPairCollator, WeakLabelPairSampler
 from .schedules import cosine_schedule, linear_schedule

@@ -1,10 +1,14 @@
 """Every setting of a training run as one typed dataclass, its presets, and what makes a setting unusable."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
-from .errors import TrainingError
-from .multicrop import check_area
-from .pairs import CONSTRAINTS
+# What a partner differs in, from anything goes to the strictest.
+CONSTRAINTS = ("none", "image", "well", "plate", "batch")
+
+
+class TrainingError(ValueError):
+    """A setting or an input that training cannot use; the message names it and says the mend."""
 
 
 def setting(default, help: str):
@@ -136,6 +140,17 @@ def preset_arguments(preset: str) -> dict:
     if preset not in PRESETS:
         raise TrainingError(f"--preset is {preset!r}: use one of {', '.join(PRESETS)}.")
     return PRESETS[preset]
+
+
+def check_area(flag: str, area: Sequence[float]) -> None:
+    """Refuse an area range that is not two shares of a field.
+
+    Raises:
+        TrainingError: naming `flag`.
+    """
+    if len(area) != 2 or not 0 < area[0] <= area[1] <= 1:
+        given = " ".join(f"{share:g}" for share in area)
+        raise TrainingError(f"{flag} is {given}: give two shares of the field's area with 0 < low <= high <= 1.")
 
 
 def check_arguments(arguments: TrainingArguments, patch_size: int) -> None:

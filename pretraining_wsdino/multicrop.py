@@ -6,13 +6,10 @@ a crop is cut before anything is computed, so that the cost is that of the crop'
 and all crops of a batch are resized together as two batched matrix products.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-
-from .errors import TrainingError
 
 
 @dataclass(frozen=True)
@@ -114,14 +111,3 @@ def resize_windows(
     rows = bicubic_weights(sizes[:, 0], size, windows.shape[1], flips[:, 1])
     columns = bicubic_weights(sizes[:, 1], size, windows.shape[2], flips[:, 0])
     return torch.bmm(torch.bmm(rows, scaled), columns.transpose(1, 2))[:, None]
-
-
-def check_area(flag: str, area: Sequence[float]) -> None:
-    """Refuse an area range that is not two shares of a field.
-
-    Raises:
-        TrainingError: naming `flag`.
-    """
-    if len(area) != 2 or not 0 < area[0] <= area[1] <= 1:
-        given = " ".join(f"{share:g}" for share in area)
-        raise TrainingError(f"{flag} is {given}: give two shares of the field's area with 0 < low <= high <= 1.")

@@ -16,10 +16,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from .errors import TrainingError
+from .arguments import CONSTRAINTS, TrainingError
 from .multicrop import CropSpec, cut_window, draw_boxes
-
-CONSTRAINTS = ("none", "image", "well", "plate", "batch")
 
 # Separate streams of one seed: pair draws and crop draws must not share random numbers.
 PAIR_STREAM, CROP_STREAM = 0, 1

@@ -1,0 +1,75 @@
+"""The house's walls: what each room may import, read from the source and not from a run."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("modeling_wsdino", "pretraining_wsdino", "dataset_scripts", "evaluation_wsdino")
+ROOF = ("train_accelerate", "extract_profiles", "push_to_hub")
+
+# Beside the standard library and its own files.
+ALLOWED = {
+    "modeling_wsdino": {"torch", "numpy", "PIL", "transformers", "safetensors", "huggingface_hub"},
+    "pretraining_wsdino": {"torch", "numpy"},
+    "dataset_scripts": {
+        *("datasets", "huggingface_hub", "filelock", "numpy", "pandas", "PIL", "pyarrow", "scipy", "skimage", "tqdm")
+    },
+    "evaluation_wsdino": {"numpy", "pandas", "pyarrow", "scipy", "sklearn", "PIL", "tqdm", "datasets", "evaluate"},
+    "evaluation_wsdino/not_same_compound": {"numpy", "datasets", "evaluate", "gradio"},
+}
+
+
+def imports_of(path):
+    """(level, first word of the module) of every import anywhere in a file."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((0, alias.name.split(".")[0]) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.level, (node.module or "").split(".")[0]
+
+
+def room_of(path):
+    folder = path.parent.relative_to(ROOT).as_posix()
+    return folder if folder in ALLOWED else folder.split("/")[0]
+
+
+ROOM_FILES = [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", ROOM_FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_room_imports_only_what_the_table_allows(path):
+    absolute = {name for level, name in imports_of(path) if level == 0}
+    own = {path.name.removesuffix(".py")} | {other.stem for other in path.parent.glob("*.py")}
+    strangers = absolute - set(sys.stdlib_module_names) - ALLOWED[room_of(path)] - own
+    assert not strangers, f"{path.name} imports {', '.join(sorted(strangers))}"
+    assert not any(level > 1 for level, _ in imports_of(path)), "a room does not reach above itself"
+
+
+def test_rooms_never_import_the_roof_or_one_another():
+    for path in ROOM_FILES:
+        absolute = {name for level, name in imports_of(path) if level == 0}
+        assert not absolute & (set(ROOF) | set(ROOMS)), path
+
+
+def test_the_package_names_every_room_and_every_roof_script():
+    import configparser
+
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    packages = set(setup["options"]["packages"].split())
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in ROOM_FILES if path.name == "__init__.py"}
+    assert packages == found
+    modules = set(setup["options"]["py_modules"].split())
+    assert modules == {path.stem for path in ROOT.glob("*.py")}
+    commands = [
+        line.split("=")[1].strip() for line in setup["options.entry_points"]["console_scripts"].split("\n") if line
+    ]
+    for target in commands:
+        module, function = target.split(":")
+        path = ROOT / (module.replace(".", "/") + ".py")
+        assert function in {
+            node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)
+        }
