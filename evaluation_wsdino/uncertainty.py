@@ -40,7 +40,7 @@ def bootstrap_interval(correct, compounds, level=0.95, draws=10_000, seed=0):
     """Percentile interval of the share of `correct`, drawing compounds with replacement.
 
     The neighbours stay as found: the interval is about which compounds happened to be screened, given this set of
-    candidates. Where all treatments, or none, are right, drawing anew shows no spread: then it is Wilson's interval with
+    candidates. Where all treatments, or none, are right, drawing anew shows no spread: then it is Wilson's interval,
     one answer a compound. nan for fewer than two compounds.
     """
     sums, sizes = _cluster_sums(correct, compounds)

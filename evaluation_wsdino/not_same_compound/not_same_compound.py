@@ -55,8 +55,8 @@ Args:
 Returns:
     nsc, nscb: shares in [0, 1] (nan without a query); nsc_correct, nsc_total, nsc_excluded, and the same for nscb;
     moas: the sorted MOA names; nsc_confusion: counts, rows the true and columns the neighbours' MOA in that order;
-    nsc_per_moa: correct, total and accuracy of each MOA; nsc_queries: one dictionary a treatment (row, neighbour,
-    neighbour_moa, neighbour_compound, predicted, similarity, candidates, answerable, tied, correct, excluded).
+    nsc_per_moa: correct, total and accuracy (None without a query) of each MOA; nsc_queries: one dictionary a
+    treatment (row, neighbour, neighbour_moa, neighbour_compound, predicted, similarity, candidates, answerable, tied, correct, excluded).
 Examples:
 
     >>> metric = evaluate.load("evaluation_wsdino/not_same_compound")
@@ -290,7 +290,7 @@ def not_same_compound(
         found = _search(vectors, euclidean, moa, compound, different, ~removed, usable, int(k), ties)
         neighbours, similarities, candidates, answerable, tied = found
         queries, confusion = [], np.zeros((len(moa_names), len(moa_names)), dtype=np.int64)
-        per_moa = {name: {"correct": 0, "total": 0, "accuracy": float("nan")} for name in moa_names}
+        per_moa = {name: {"correct": 0, "total": 0, "accuracy": None} for name in moa_names}
         for row in range(count):
             near = [index for index in neighbours[row].tolist() if index >= 0]
             predicted = _vote([moas[index] for index in near])
