@@ -21,7 +21,7 @@ from datasets import concatenate_datasets, load_dataset
 from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from dataset_scripts import ScreenError, open_planes
+from dataset_scripts import ScreenError, fields_with, open_planes
 from evaluation_wsdino.pictures import draw_attention, draw_fields
 from modeling_wsdino import (
     WSDinoConfig,
@@ -75,7 +75,7 @@ def load_parts(path: str, parts: list[str], channels: list[str]):
         raise ScreenError(
             f"The dataset {path} has no column {missing[0]!r}; it has {', '.join(dataset.column_names)}."
         )
-    return dataset
+    return fields_with(dataset, channels)
 
 
 def metadata_table(dataset) -> pd.DataFrame:

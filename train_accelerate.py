@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
-from dataset_scripts import ScreenError, build_dataset, open_planes, simulate_screen
+from dataset_scripts import ScreenError, build_dataset, fields_with, open_planes, simulate_screen
 from modeling_wsdino import WSDinoConfig, WSDinoImageProcessor, WSDinoModel
 from modeling_wsdino.build_repository import build_combined_repository, build_repository
 from pretraining_wsdino import (
@@ -252,6 +252,7 @@ class ChannelRun:
 
     def _prepare_data(self, dataset) -> None:
         a, columns = self.arguments, dataset.column_names
+        dataset = fields_with(dataset, [self.channel])
         with self.accelerator.main_process_first():
             self.planes = open_planes(dataset, self.channel)
         self.max_intensity = a.max_intensity or (255.0 if self.planes.dtype == np.uint8 else 10_000.0)

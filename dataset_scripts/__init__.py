@@ -15,6 +15,7 @@ _HOME = {
     "ScreenDesign": "simulate",
     "ScreenError": "screen",
     "build_dataset": "prepare",
+    "fields_with": "planes",
     "open_planes": "planes",
     "read_screen": "screen",
     "simulate_screen": "simulate",

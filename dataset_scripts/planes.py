@@ -21,6 +21,23 @@ from tqdm.auto import tqdm
 from .screen import ScreenError
 
 
+def fields_with(dataset, channels):
+    """The fields that have an image in every one of `channels`, in order; the dataset itself if all have.
+
+    Raises
+    ------
+    ScreenError
+        Where no field has them all.
+    """
+    encoded = dataset.select_columns(list(channels)).flatten_indices() if dataset._indices else dataset
+    present = np.ones(len(dataset), dtype=bool)
+    for channel in channels:
+        present &= encoded.data.column(channel).is_valid().to_numpy()
+    if not present.any():
+        raise ScreenError(f"no field of the dataset has an image in {' and '.join(channels)}: choose other channels")
+    return dataset if present.all() else dataset.select(np.flatnonzero(present))
+
+
 def open_planes(dataset, channel: str, cache_dir=None, progress: bool = True) -> np.ndarray:
     """All planes of one channel as a read-only memory map.
 
