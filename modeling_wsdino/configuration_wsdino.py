@@ -84,5 +84,15 @@ class WSDinoConfig(PreTrainedConfig):
                 raise ValueError(f"channel name {name!r} is not made of letters, digits and underscores: rename it.")
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As everywhere in transformers, but for another architecture's config, whose weights would not be found."""
+        kind = config_dict.get("model_type", cls.model_type)
+        if kind != cls.model_type:
+            raise ValueError(
+                f"this is the config of a {kind!r} model, not of WS-DINO: bring its weights over with wsdino-convert."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
 
 __all__ = ["WSDinoConfig"]

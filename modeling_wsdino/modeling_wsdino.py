@@ -336,15 +336,25 @@ class WSDinoModel(WSDinoPreTrainedModel):
         ValueError
             For a file that is not such a checkpoint, in one sentence.
         """
-        path = Path(path)
-        state = _read_dino_backbone(path, network)
+        return cls.from_dino_state_dict(read_dino_backbone(path, network), config, name=str(path), **config_kwargs)
+
+    @classmethod
+    def from_dino_state_dict(
+        cls,
+        state: dict[str, torch.Tensor],
+        config: WSDinoConfig | None = None,
+        *,
+        name: str = "the state dict",
+        **config_kwargs,
+    ) -> "WSDinoModel":
+        """As `from_dino_checkpoint`, of weights under the original DINO's bare names; `name` stands in messages."""
         values = {} if config is None else config.to_diff_dict()
         values.update(config_kwargs)
-        values.update(_config_values_of_dino_backbone(path, state))
+        values.update(_config_values_of_dino_backbone(name, state))
         if "num_attention_heads" not in config_kwargs and config is None:
             if values["hidden_size"] % 64:
                 raise ValueError(
-                    f"{path}: a width of {values['hidden_size']} is not a multiple of DINO's 64 a head: "
+                    f"{name}: a width of {values['hidden_size']} is not a multiple of DINO's 64 a head: "
                     "name num_attention_heads."
                 )
             values["num_attention_heads"] = values["hidden_size"] // 64
@@ -354,12 +364,12 @@ class WSDinoModel(WSDinoPreTrainedModel):
         for problem, keys in (("lacks", missing), ("has unknown", unknown)):
             if keys:
                 raise ValueError(
-                    f"{path} {problem} {_some(sorted(keys))}: it is not a DINO vision transformer of "
+                    f"{name} {problem} {_some(sorted(keys))}: it is not a DINO vision transformer of "
                     f"{values['num_hidden_layers']} blocks; give the whole backbone of a ViT."
                 )
         for key, shape in expected.items():
             if state[key].shape != shape:
-                raise ValueError(f"{path}: {key} is {tuple(state[key].shape)}, where {tuple(shape)} is needed.")
+                raise ValueError(f"{name}: {key} is {tuple(state[key].shape)}, where {tuple(shape)} is needed.")
         model.load_state_dict({from_dino_key(key): tensor for key, tensor in state.items()})
         return model.eval()
 
@@ -477,8 +487,9 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _read_dino_backbone(path: Path, network: str | None) -> dict[str, torch.Tensor]:
-    """The backbone of a DINO checkpoint file under bare names, its heads left out."""
+def read_dino_backbone(path: str | Path, network: str | None = None) -> dict[str, torch.Tensor]:
+    """The backbone of a DINO checkpoint file under bare names, its heads left out (see `from_dino_checkpoint`)."""
+    path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} is not a file: name a .pth or .safetensors checkpoint.")
     try:
@@ -517,12 +528,12 @@ def _read_dino_backbone(path: Path, network: str | None) -> dict[str, torch.Tens
     return backbone
 
 
-def _config_values_of_dino_backbone(path: Path, state: dict[str, torch.Tensor]) -> dict:
+def _config_values_of_dino_backbone(name: str, state: dict[str, torch.Tensor]) -> dict:
     """The config values which the shapes of a DINO backbone tell."""
     blocks = [int(key.split(".")[1]) for key in state if key.startswith("blocks.") and key.split(".")[1].isdigit()]
     fc1 = state.get("blocks.0.mlp.fc1.weight")
     if fc1 is None:
-        raise ValueError(f"{path} lacks blocks.0.mlp.fc1.weight: give the whole backbone of a ViT.")
+        raise ValueError(f"{name} lacks blocks.0.mlp.fc1.weight: give the whole backbone of a ViT.")
     hidden_size = state["cls_token"].shape[-1]
     patch_size = state["patch_embed.proj.weight"].shape[-1]
     side = math.isqrt(state["pos_embed"].shape[1] - 1)

@@ -1,0 +1,223 @@
+"""Bring weights in from other layouts and take them out: the command `wsdino-convert SOURCE OUTPUT`.
+
+    wsdino-convert dino_deitsmall8_pretrain.pth init/imagenet     # original DINO -> repository folder
+    wsdino-convert checkpoint.pth init/dna --channel dna          # full checkpoint of DINO or WS-DINO, its teacher
+    wsdino-convert facebook/dino-vits8 init/imagenet              # transformers' ViTModel layout, folder or Hub id
+    wsdino-convert runs/demo/dna/model dna.pth                    # -> original DINO's layout
+    wsdino-convert runs/demo/dna/model dna.onnx                   # -> ONNX with a dynamic batch
+
+This file stays at home; it does not travel with a model.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from transformers.utils import cached_file
+
+from .build_repository import build_repository
+from .image_processing_wsdino import WSDinoImageProcessor
+from .modeling_wsdino import WSDinoModel, WSDinoMultiChannelModel, WSDinoPreTrainedModel
+
+# A tower's place in transformers' ViTModel, whose files keep older names than its modules, and in the original DINO.
+VIT_KEYS = (
+    (r"^vit\.", ""),
+    (r"^embeddings\.cls_token$", "cls_token"),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^(?:encoder\.layer|layers)\.", "blocks."),
+    (r"\.attention\.(?:attention\.)?(?:query|q_proj)\.", ".attn.q."),
+    (r"\.attention\.(?:attention\.)?(?:key|k_proj)\.", ".attn.k."),
+    (r"\.attention\.(?:attention\.)?(?:value|v_proj)\.", ".attn.v."),
+    (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.(?:intermediate\.dense|mlp\.fc1)\.", ".mlp.fc1."),
+    (r"\.(?:output\.dense|mlp\.fc2)\.", ".mlp.fc2."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"^layernorm\.", "norm."),
+)
+
+
+def vit_to_dino(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of transformers' `ViTModel` under the original DINO's names, without its pooler, which DINO lacks."""
+    renamed = {}
+    for key, tensor in state.items():
+        for pattern, replacement in VIT_KEYS:
+            key = re.sub(pattern, replacement, key)
+        if not key.startswith(("pooler.", "classifier.")):
+            renamed[key] = tensor
+    for key in [key for key in renamed if ".attn.q." in key]:
+        parts = [renamed.pop(key.replace(".attn.q.", f".attn.{part}.")) for part in "qkv"]
+        renamed[key.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
+    return renamed
+
+
+def load_backbone(source: str | Path, *, network: str | None = None, **config_kwargs) -> WSDinoPreTrainedModel:
+    """Read a network, whatever its layout.
+
+    Parameters
+    ----------
+    source : str or Path
+        An original-layout `.pth` or `.safetensors` file (see `WSDinoModel.from_dino_checkpoint`), or a folder or Hub
+        id of a WS-DINO repository or of a transformers `ViTModel` such as `facebook/dino-vits8`.
+    network : {"teacher", "student"}, optional
+        Which network of a full checkpoint.
+    **config_kwargs
+        Config values to set, such as `channel_names` and `drop_path_rate`.
+
+    Returns
+    -------
+    WSDinoModel or WSDinoMultiChannelModel
+        In evaluation mode. LayerNorm's epsilon is DINO's 1e-6, also for a `ViTModel` whose config says 1e-12.
+
+    Raises
+    ------
+    ValueError
+        For what is none of these, in one sentence.
+    """
+    if Path(source).is_file():
+        return WSDinoModel.from_dino_checkpoint(source, network=network, **config_kwargs)
+    files = {
+        name: _repository_file(source, name) for name in ("config.json", "model.safetensors", "pytorch_model.bin")
+    }
+    if files["config.json"] is None:
+        raise ValueError(
+            f"{source} is neither a checkpoint file nor a folder or Hub id with a config.json: check the name."
+        )
+    config = json.loads(Path(files["config.json"]).read_text())
+    kind = config.get("model_type")
+    if network is not None:
+        raise ValueError(f"{source} holds one network, not a teacher and a student: leave out {network}.")
+    if kind == "wsdino":
+        combined = "WSDinoMultiChannelModel" in (config.get("architectures") or [])
+        cls = WSDinoMultiChannelModel if combined else WSDinoModel
+        return cls.from_pretrained(source, **config_kwargs).eval()
+    if kind != "vit":
+        raise ValueError(f"{source} is a {kind!r} model: give a WS-DINO or ViT repository, or a DINO checkpoint.")
+    if files["model.safetensors"] is not None:
+        state = load_file(files["model.safetensors"])
+    elif files["pytorch_model.bin"] is not None:
+        state = torch.load(files["pytorch_model.bin"], map_location="cpu", weights_only=True)
+    else:
+        raise ValueError(f"{source} has no model.safetensors or pytorch_model.bin: give a folder with weights.")
+    config_kwargs.setdefault("num_attention_heads", config["num_attention_heads"])
+    return WSDinoModel.from_dino_state_dict(vit_to_dino(state), name=str(source), **config_kwargs)
+
+
+def _repository_file(source: str | Path, name: str) -> str | None:
+    """Where a file of a folder or Hub repository lies on this machine, or None if there is none."""
+    if Path(source).is_dir():
+        return str(Path(source) / name) if (Path(source) / name).is_file() else None
+    try:
+        return cached_file(
+            str(source),
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except (OSError, ValueError):  # no such repository, or no such name
+        return None
+
+
+def export_onnx(model: WSDinoPreTrainedModel, path: str | Path, *, image_size: int | None = None) -> Path:
+    """Write `pixel_values (batch, channels, size, size)` -> `features (batch, hidden)` as ONNX, for any batch.
+
+    Needs the packages onnx and onnxscript. The channels are 1 for a tower and the model's own number for a combined
+    model, whose features are side by side and not normalised; the image size is fixed, by default the trained one.
+    """
+    size = image_size or model.config.image_size
+    channels = len(model.config.channel_names) if isinstance(model, WSDinoMultiChannelModel) else 1
+    partial = Path(path).with_name(Path(path).name + ".partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    with torch.no_grad():
+        program = torch.onnx.export(
+            _Features(model).eval(),
+            (torch.zeros(2, channels, size, size),),
+            input_names=["pixel_values"],
+            output_names=["features"],
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=2**16)},),
+            dynamo=True,
+            verbose=False,
+        )
+    program.save(partial, external_data=False)
+    return partial.rename(path)
+
+
+class _Features(torch.nn.Module):
+    """The CLS features alone, which is what leaves for ONNX."""
+
+    def __init__(self, model: WSDinoPreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model(pixel_values, cls_only=True).pooler_output
+
+
+def convert(
+    source: str,
+    output: str | Path,
+    *,
+    network: str | None = None,
+    channel: str | None = None,
+    tile_size: int | None = None,
+) -> Path:
+    """Read `source` and write what the name of `output` says: `.pth`, `.onnx`, or else a repository folder."""
+    output = Path(output)
+    if output.suffix in (".pth", ".onnx") and output.exists():
+        raise ValueError(f"{output} exists already: name another output or remove it.")
+    if output.suffix in (".pt", ".bin", ".safetensors", ".ckpt"):
+        raise ValueError(f"{output}: write .pth (original DINO), .onnx, or a folder without a suffix (repository).")
+    model = load_backbone(source, network=network, **({} if channel is None else {"channel_names": [channel]}))
+    if output.suffix == ".onnx":
+        try:
+            return export_onnx(model, output, image_size=tile_size)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"ONNX needs the package {error.name}: pip install 'wsdino[onnx]'.") from error
+    if output.suffix == ".pth":
+        if isinstance(model, WSDinoMultiChannelModel):
+            raise ValueError(f"{source} holds several towers, and a DINO checkpoint one: convert each channel's own.")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial = output.with_name(output.name + ".partial")
+        torch.save(model.to_dino_state_dict(), partial)
+        return partial.rename(output)
+    if (Path(source) / "preprocessor_config.json").is_file() and model.config.channel_names:
+        processor = WSDinoImageProcessor.from_pretrained(source)
+    else:
+        processor = WSDinoImageProcessor(tile_size=tile_size or model.config.image_size)
+    return build_repository(output, model, processor)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command `wsdino-convert`."""
+    parser = argparse.ArgumentParser(
+        prog="wsdino-convert",
+        description="Convert weights between original DINO, transformers' ViT, WS-DINO repositories and ONNX.",
+    )
+    parser.add_argument("source", help="a .pth or .safetensors file, or a folder or Hub id (WS-DINO or ViT layout)")
+    parser.add_argument("output", help="a .pth file (original DINO), a .onnx file, or a folder (repository)")
+    parser.add_argument("--network", choices=("teacher", "student"), help="of a full checkpoint; default: the teacher")
+    parser.add_argument("--channel", help="the fluorescence channel that the weights are for, such as dna")
+    parser.add_argument(
+        "--tile_size", type=int, help="side of a tile, or of the ONNX input; default: the trained size"
+    )
+    arguments = parser.parse_args(argv)
+    try:
+        written = convert(
+            arguments.source,
+            arguments.output,
+            network=arguments.network,
+            channel=arguments.channel,
+            tile_size=arguments.tile_size,
+        )
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    print(f"wrote {written}")
+
+
+if __name__ == "__main__":
+    main()
