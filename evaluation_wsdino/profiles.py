@@ -74,7 +74,7 @@ def read_profiles(path):
     return profiles
 
 
-def normalize_profiles(profiles, normalizer):
+def normalize_profiles(profiles, normalizer, group_by=None):
     """The table with each channel's features replaced by those of a clone of `normalizer` fitted on its DMSO fields.
 
     Parameters
@@ -83,6 +83,8 @@ def normalize_profiles(profiles, normalizer):
         One row a field (see the module's docstring).
     normalizer : TypicalVariationNormalizer or another transformer
         Cloned for each channel, fitted on the rows whose Metadata_Compound is "DMSO", applied to all rows.
+    group_by : str or None
+        Metadata column ("Metadata_Plate", "Metadata_Batch") given to the normalizer as each field's group.
 
     Returns
     -------
@@ -97,11 +99,29 @@ def normalize_profiles(profiles, normalizer):
             f"The profiles hold {int(control.sum())} DMSO fields: normalization is fitted on at least two, so extract "
             "the DMSO part of the screen too."
         )
+    groups = None
+    if group_by is not None:
+        if group_by not in profiles.columns:
+            raise ProfileError(f"The profiles have no column {group_by}, by which they are to be grouped.")
+        groups = profiles[group_by].astype(str).to_numpy()
+        without = sorted(set(groups) - set(groups[control]))
+        if without:
+            names = ", ".join(without[:3]) + (", ..." if len(without) > 3 else "")
+            raise ProfileError(
+                f"{len(without)} of {len(set(groups))} values of {group_by} have no DMSO field ({names}): extract "
+                "their DMSO fields, leave them out, or do not group."
+            )
     parts = [profiles[[column for column in profiles.columns if str(column).startswith("Metadata_")]]]
     for channel, columns in feature_columns(profiles).items():
         features = profiles[columns].to_numpy(np.float64)
-        fitted = clone(normalizer).fit(features[control])
-        values = fitted.transform(features)
+        if groups is None:
+            values = clone(normalizer).fit(features[control]).transform(features)
+        else:
+            try:
+                fitted = clone(normalizer).fit(features[control], groups=groups[control])
+            except ValueError as error:
+                raise ProfileError(str(error)) from None
+            values = fitted.transform(features, groups=groups)
         names = [f"{channel}_{index:04d}" for index in range(values.shape[1])]
         parts.append(pd.DataFrame(values, columns=names, index=profiles.index))
     return pd.concat(parts, axis=1)
@@ -114,16 +134,20 @@ def _joined(values):
     return "|".join(sorted({str(value) for value in values}, key=_natural_key))
 
 
-def aggregate_profiles(profiles, *, within_plate="mean", across_plates="median", normalize=True):
+_UNITS = {"plate": ["Metadata_Plate"], "well": ["Metadata_Plate", "Metadata_Well"], "field": None}
+
+
+def aggregate_profiles(profiles, *, unit="plate", within="mean", across="median", normalize=True):
     """One profile a treatment: fields averaged within a plate, plates within a treatment, unit length at the end.
 
     Parameters
     ----------
     profiles : pandas.DataFrame
         One row a field, features of all channels side by side (after normalization). DMSO rows are left out.
-    within_plate, across_plates : {"mean", "median"} or None
-        How the fields of one treatment on one plate, then its plates, become one vector. The paper: the mean, then the
-        median. `within_plate=None` goes from fields to treatments in one step.
+    unit : {"plate", "well", "field"}
+        What stands between field and treatment: the plate (the paper), the well, or nothing.
+    within, across : {"mean", "median"}
+        How the fields of a unit, then the units of a treatment become one vector. The paper: mean, then median.
     normalize : bool
         Divide each profile by its L2 norm (zero vectors stay zero).
 
@@ -139,8 +163,10 @@ def aggregate_profiles(profiles, *, within_plate="mean", across_plates="median",
     ProfileError
         If a treatment has two compounds or MOAs, or nothing but DMSO is there.
     """
-    for name, value in (("within_plate", within_plate), ("across_plates", across_plates)):
-        if value not in ("mean", "median") and not (name == "within_plate" and value is None):
+    if unit not in _UNITS:
+        raise ProfileError(f"unit is {unit!r}: choose one of {', '.join(_UNITS)}.")
+    for name, value in (("within", within), ("across", across)):
+        if value not in ("mean", "median"):
             raise ProfileError(f'{name} is {value!r}: choose "mean" or "median".')
     treated = profiles[profiles["Metadata_Compound"] != CONTROL]
     if not len(treated):
@@ -161,14 +187,18 @@ def aggregate_profiles(profiles, *, within_plate="mean", across_plates="median",
         if column in treated.columns:
             metadata[column] = groups[column].agg(_joined)
     metadata["Metadata_Fields"] = groups.size()
-    columns = [column for names in feature_columns(profiles).values() for column in names]
+    columns = [column for names in feature_columns(treated).values() for column in names]
     features = treated[columns].astype(np.float64)
-    if within_plate is None:
-        values = features.groupby(treated["Metadata_Treatment"], sort=True).agg(across_plates)
+    keys = _UNITS[unit]
+    if keys is not None:
+        for key in keys:
+            if key not in treated.columns:
+                raise ProfileError(f"The profiles have no column {key}, by which fields are to be averaged.")
+        names = [treated["Metadata_Treatment"], *[treated[key] for key in keys]]
+        features = features.groupby(names, sort=True).agg(within)
+        values = features.groupby(level=0, sort=True).agg(across)
     else:
-        keys = [treated["Metadata_Treatment"], treated["Metadata_Plate"]]
-        plates = features.groupby(keys, sort=True).agg(within_plate)
-        values = plates.groupby(level=0, sort=True).agg(across_plates)
+        values = features.groupby(treated["Metadata_Treatment"], sort=True).agg(across)
     if normalize:
         norms = np.linalg.norm(values.to_numpy(), axis=1, keepdims=True)
         values = values / np.where(norms > 0, norms, 1.0)

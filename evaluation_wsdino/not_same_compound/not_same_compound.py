@@ -55,8 +55,9 @@ Args:
 Returns:
     nsc, nscb: shares in [0, 1] (nan without a query); nsc_correct, nsc_total, nsc_excluded, and the same for nscb;
     moas: the sorted MOA names; nsc_confusion: counts, rows the true and columns the neighbours' MOA in that order;
-    nsc_per_moa: correct, total and accuracy (None without a query) of each MOA; nsc_queries: one dictionary a
-    treatment (row, neighbour, neighbour_moa, neighbour_compound, predicted, similarity, candidates, answerable, tied, correct, excluded).
+    nsc_per_moa: correct, total and accuracy (None without a query) of each MOA;
+    nsc_queries: one dictionary a treatment (row, moa, compound, neighbour, neighbour_moa, neighbour_compound,
+        predicted, similarity, candidates, answerable, tied, correct, excluded: None or the reason).
 Examples:
 
     >>> metric = evaluate.load("evaluation_wsdino/not_same_compound")
