@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers.utils import cached_file
 
 from .build_repository import build_repository
+from .configuration_wsdino import WSDinoConfig
 from .image_processing_wsdino import WSDinoImageProcessor
 from .modeling_wsdino import WSDinoModel, WSDinoMultiChannelModel, WSDinoPreTrainedModel
 
@@ -94,7 +95,8 @@ def load_backbone(source: str | Path, *, network: str | None = None, **config_kw
     if kind == "wsdino":
         combined = "WSDinoMultiChannelModel" in (config.get("architectures") or [])
         cls = WSDinoMultiChannelModel if combined else WSDinoModel
-        return cls.from_pretrained(source, **config_kwargs).eval()
+        # overriding through `from_pretrained` would set the values without checking them
+        return cls.from_pretrained(source, config=WSDinoConfig.from_dict(config | config_kwargs)).eval()
     if kind != "vit":
         raise ValueError(f"{source} is a {kind!r} model: give a WS-DINO or ViT repository, or a DINO checkpoint.")
     if files["model.safetensors"] is not None:
