@@ -1,0 +1,241 @@
+"""Fill this folder's card templates with what a run's `results.json` and its models' configs say."""
+
+from pathlib import Path
+from string import Template
+
+from huggingface_hub import EvalResult, ModelCardData
+
+TAGS = ("wsdino", "dino", "vit", "fluorescence-microscopy", "high-content-screening", "image-profiling")
+# How a row of the results is called, in the order of the table.
+SET_NAMES = {
+    "trained": "**this model**",
+    "init": "where training started",
+    "initial": "where training started",
+    "untrained": "untrained network",
+    "intensity": "intensity statistics",
+}
+# Settings that a reader compares with the paper's recipe.
+RECIPE = {
+    "weak_label": "weak label",
+    "pair_constraint": "partner differs in",
+    "init": "starting weights",
+    "epochs": "epochs of the schedules",
+    "stop_after_epoch": "stopped after epoch",
+    "max_steps": "stopped after step",
+    "batch_size": "pairs a process and step",
+    "gradient_accumulation_steps": "accumulated steps",
+    "learning_rate": "learning rate, peak",
+    "final_learning_rate": "learning rate, end",
+    "weight_decay": "weight decay",
+    "student_temperature": "student temperature",
+    "teacher_temperature": "teacher temperature",
+    "center_momentum": "centre momentum",
+    "teacher_momentum": "teacher momentum, start",
+    "num_prototypes": "prototypes",
+    "drop_path_rate": "drop path of the student",
+    "mixed_precision": "mixed precision",
+    "seed": "seed",
+}
+
+
+def model_card(
+    results: dict,
+    config: dict,
+    processor: dict,
+    *,
+    repo_id: str,
+    dataset_id: str | None = None,
+    dataset_name: str,
+) -> str:
+    """The card of one repository, of one channel or combined.
+
+    Parameters
+    ----------
+    results : dict
+        The run's `results.json`: the only place that numbers of the results, recipe and data come from.
+    config, processor : dict
+        The repository's `config.json` and `preprocessor_config.json`.
+    repo_id, dataset_id : str
+        Names on the Hub; without a dataset there, None.
+    dataset_name : str
+        What the data are called in words and in the metadata.
+
+    Returns
+    -------
+    str
+        Markdown with its metadata, as `README.md`.
+    """
+    channels = config["channel_names"]
+    combined, simulated = len(channels) > 1, bool(results["simulated"])
+    words = " and ".join([", ".join(channels[:-1]), channels[-1]]) if combined else channels[0]
+    title = f"WS-DINO, {words} ({dataset_name})"
+    scores = {
+        name: part if combined else part["channels"][channels[0]]
+        for name, part in results["sets"].items()
+        if combined or channels[0] in part["channels"]
+    }
+    settings = results.get("settings") or {}
+    width = config["hidden_size"] * len(channels)
+    text = Template(Path(__file__).with_name("model_card.md").read_text(encoding="utf-8")).substitute(
+        title=f"Simulated demonstration: {title}" if simulated else title,
+        notice=_SIMULATED_NOTICE if simulated else "",
+        summary=(
+            f"A vision transformer ({config['num_hidden_layers']} blocks, width {config['hidden_size']}, patches of "
+            f"{config['patch_size']}x{config['patch_size']} pixels) for "
+            + (f"each of the channels {words}, side by side." if combined else f"one fluorescence channel, {words}.")
+        ),
+        input_channels=f"the channels {words}, in this order" if combined else f"the {words} channel",
+        tile_words=_tile_words(processor),
+        output=f"{width} numbers a field" + (", of unit length" if combined else ""),
+        repo_id=repo_id,
+        example="{" + ", ".join(f'"{name}": "{name}.tif"' for name in channels) + "}" if combined else '"field.tif"',
+        data=_data_words(results, settings, dataset_id, dataset_name),
+        recipe=_recipe_table(settings.get("arguments") or {}),
+        selection=_selection_words(settings.get("arguments") or {}),
+        monitors=_monitor_words(results.get("training") or {}, channels),
+        results=_results_table(scores),
+        protocol="; ".join(f"{key.replace('_', ' ')} {value}" for key, value in results["protocol"].items()),
+        comparison=_comparison_words(results) if combined else "",
+        intensity=f"16-bit, clipped at {processor['max_intensity']:,.0f}",
+    )
+    init = (settings.get("arguments") or {}).get("init")
+    data = ModelCardData(
+        language=None,
+        license="apache-2.0",
+        library_name="transformers",
+        pipeline_tag="image-feature-extraction",
+        tags=[*TAGS, *(["simulated"] if simulated else [])],
+        datasets=[dataset_id] if dataset_id else None,
+        base_model=init if isinstance(init, str) and init.count("/") == 1 and not Path(init).exists() else None,
+        model_name=repo_id.split("/")[-1],
+        eval_results=_eval_results(results, scores, settings, dataset_id, dataset_name),
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n{text}"
+
+
+def metric_card(repo_id: str) -> str:
+    """The card of the metric's Space, which is a static page that `evaluate.load` reads the module from."""
+    text = Template(Path(__file__).with_name("metric_card.md").read_text(encoding="utf-8")).substitute(repo_id=repo_id)
+    title = "Not same compound (NSC, NSCB)"
+    return (
+        f"---\ntitle: {title}\nsdk: static\napp_file: index.html\npinned: false\nlicense: apache-2.0\n"
+        f"tags:\n- evaluate\n- metric\n---\n\n{text}"
+    )
+
+
+_SIMULATED_NOTICE = (
+    "> **Simulated data.** This model was trained and scored on drawn cells, to demonstrate the software. Its figures "
+    "say nothing about real cells, and its features are of no use for them.\n\n"
+)
+
+
+def _eval_results(
+    results: dict, scores: dict, settings: dict, dataset_id: str | None, dataset_name: str
+) -> list[EvalResult]:
+    """NSC and NSCB of this model as metadata, where there was anything to score."""
+    headline = scores.get(results["headline"]["set"], {})
+    return [
+        EvalResult(
+            task_type="image-feature-extraction",
+            task_name="Mechanism-of-action matching",
+            dataset_type=dataset_id or dataset_name.lower().replace(" ", "-"),
+            dataset_name=dataset_name,
+            dataset_config=(settings.get("dataset") or {}).get("part"),
+            dataset_split="train",
+            metric_type="not_same_compound",
+            metric_name=f"{name.upper()}{' (simulated data)' if results['simulated'] else ''}",
+            metric_value=headline[name],
+        )
+        for name in ("nsc", "nscb")
+        if headline.get(name) is not None
+    ]
+
+
+def _share(score: dict, name: str) -> str:
+    """`0.981 (101/103), 0.93-1.00`, or a dash where nothing could be scored."""
+    if score.get(name) is None:
+        return "-"
+    low, high = score.get(f"{name}_bootstrap") or score.get(f"{name}_wilson") or (None, None)
+    interval = "" if low is None else f", {low:.2f}-{high:.2f}"
+    return f"{score[name]:.3f} ({score[f'{name}_correct']}/{score[f'{name}_total']}){interval}"
+
+
+def _results_table(scores: dict) -> str:
+    order = sorted(
+        scores, key=lambda name: (list(SET_NAMES).index(name) if name in SET_NAMES else len(SET_NAMES), name)
+    )
+    rows = [
+        f"| {SET_NAMES.get(name, name)} | {_share(scores[name], 'nsc')} | {_share(scores[name], 'nscb')} |"
+        for name in order
+    ]
+    return "\n".join(["| features | NSC | NSCB |", "|---|---|---|", *rows])
+
+
+def _comparison_words(results: dict) -> str:
+    """How many treatments the model matches that others do not, and the other way round."""
+    sentences = []
+    for comparison in results.get("comparisons", []):
+        pair = comparison["nsc"]
+        if pair.get("gained") is not None and pair.get("lost") is not None:
+            gained, lost = len(pair["gained"]), len(pair["lost"])
+            chance = "" if pair.get("p_compound") is None else f" (p = {pair['p_compound']:.2g} by compound)"
+            sentences.append(
+                f"Against {SET_NAMES.get(comparison['first'], comparison['first'])}, NSC gains {gained} and loses "
+                f"{lost} of {pair['compared']} treatments{chance}."
+            )
+    return " ".join(sentences)
+
+
+def _recipe_table(arguments: dict) -> str:
+    if not arguments:
+        return "The run kept no record of its settings."
+    rows = [
+        f"| {words} | {arguments[name]} |" for name, words in RECIPE.items() if arguments.get(name) not in (None, "")
+    ]
+    return "\n".join(["| setting | value |", "|---|---|", *rows])
+
+
+def _selection_words(arguments: dict) -> str:
+    """Which epoch these weights are of, and that its score had no part in that."""
+    last = arguments.get("stop_after_epoch") or arguments.get("epochs")
+    if last is None:
+        return "The weights are those at the end of training."
+    steps = arguments.get("max_steps")
+    when = f"step {steps} (a trial run, cut short)" if steps else f"epoch {last}"
+    return (
+        f"The weights are those of the teacher at the end of training, {when}, which was set beforehand: no epoch was "
+        "chosen by its score."
+    )
+
+
+def _monitor_words(training: dict, channels: list[str]) -> str:
+    """The verdict on collapse, channel by channel, as the evaluation gave it."""
+    lines = []
+    for channel in channels:
+        collapse = (training.get(channel) or {}).get("collapse")
+        if collapse:
+            reasons = f": {'; '.join(collapse['reasons'])}" if collapse["reasons"] else ""
+            lines.append(f"- {channel}: {collapse['verdict']}{reasons}.")
+    return "\n".join(["Collapse monitors at the end of training:", "", *lines]) if lines else ""
+
+
+def _data_words(results: dict, settings: dict, dataset_id: str | None, dataset_name: str) -> str:
+    counts, dataset = results["counts"], settings.get("dataset") or {}
+    where = f"[{dataset_id}](https://huggingface.co/datasets/{dataset_id})" if dataset_id else dataset_name
+    trained = f" It was trained on {dataset['fields']:,} fields of its part `{dataset['part']}`." if dataset else ""
+    return (
+        f"{where} (source: {', '.join(results['sources']) or 'not recorded'}).{trained} It was scored on "
+        f"{counts['fields']:,} fields, {counts['dmso_fields']:,} of them untreated: {counts['scored_treatments']} "
+        f"treatments of {counts['compounds']} compounds with {counts['moas']} mechanisms of action, on "
+        f"{counts['plates']} plates in {counts['batches']} batches."
+    )
+
+
+def _tile_words(processor: dict) -> str:
+    size, grid = processor["tile_size"], processor["tile_grid"]
+    where = {
+        "paper": f"cut into {grid * grid} tiles of {size}x{size} pixels around the centre (fields of at least "
+        f"{grid * size}x{grid * size})",
+        "full": f"covered by tiles of {size}x{size} pixels",
+    }.get(processor["tiles"], "cut as the released code did")
+    return f"clipped at {processor['max_intensity']:,.0f} and divided by it, {where}"
