@@ -14,6 +14,8 @@ sets.<set>        of each profile file: nsc, nscb, nsc_correct, nsc_total, nscb_
                   (every key of the not_same_compound metric), nsc_wilson, nsc_bootstrap (95 % intervals, treatments
                   taken as independent, and compounds drawn anew), nsc_null (see `permutation_null`), and for nscb;
                   treatments (names in the order of the queries' `row`), batches, map (x and y of each, `map_method`),
+                  five_nearest (nsc and nscb when five neighbours vote), reproducibility (`replicate_reproducibility`),
+                  batch_effect (`control_batch_effect`), retrieval (`mean_average_precision`, where it was asked for),
                   channels.<channel> (nsc, nscb, ... of that channel alone; participation_ratio of its raw features)
 training.<channel> last_step, last_loss, and collapse: verdict ("healthy", "suspect", "collapsed" or "unknown"),
                   reasons (sentences), last (the monitors' last values)
@@ -33,6 +35,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from .measures import batch_effect, mean_average_precision, replicate_reproducibility
 from .normalization import TypicalVariationNormalizer
 from .not_same_compound.not_same_compound import not_same_compound
 from .profiles import (
@@ -143,7 +146,7 @@ def score_treatments(treatments, **options):
     )
 
 
-def evaluate_set(profiles, normalizer=None, **options):
+def evaluate_set(profiles, normalizer=None, *, group_by=None, unit="plate", details=True, retrieval=False, **options):
     """Scores of one profile table, all channels together and each alone.
 
     Parameters
@@ -152,6 +155,14 @@ def evaluate_set(profiles, normalizer=None, **options):
         One row a field, DMSO and treated, as `read_profiles` gives it.
     normalizer : transformer or None
         Fitted on DMSO fields, a clone a channel; None is `TypicalVariationNormalizer()`.
+    group_by : str or None
+        Metadata column of the groups that a normalizer with `groups` aligns.
+    unit : {"plate", "well", "field"}
+        See `aggregate_profiles`.
+    details : bool
+        False leaves out intervals, null, map and measures: the quick look that training takes.
+    retrieval : bool
+        Compute mAP too (needs copairs).
     **options
         Passed to the metric (`batch_rule`, `metric`, `k`, ...).
 
@@ -163,14 +174,27 @@ def evaluate_set(profiles, normalizer=None, **options):
     for column in ("Metadata_MOA", "Metadata_Batch"):
         if column not in profiles.columns:
             raise ProfileError(f"The profiles have no column {column}: extract them from a dataset that has it.")
-    normalized = normalize_profiles(profiles, normalizer or TypicalVariationNormalizer())
+    normalizer = normalizer or TypicalVariationNormalizer()
+    normalized = normalize_profiles(profiles, normalizer, group_by)
     labelled = normalized["Metadata_MOA"].fillna("").astype(str).str.strip() != ""
     if not (labelled & (normalized["Metadata_Compound"] != CONTROL)).any():
         raise ProfileError("No treated field has a Metadata_MOA: NSC needs the MOA of at least two compounds.")
-    normalized = normalized[labelled]
-    treatments = aggregate_profiles(normalized)
+    treatments = aggregate_profiles(normalized[labelled], unit=unit)
     metadata = [column for column in treatments.columns if str(column).startswith("Metadata_")]
+    columns = _features(treatments)
     result = score_treatments(treatments, **options)
+    result["treatments"] = treatments["Metadata_Treatment"].tolist()
+    result["batches"] = treatments["Metadata_Batch"].tolist()
+    result["channels"] = {}
+    raw = feature_columns(profiles)
+    for channel, names in feature_columns(treatments).items():
+        scores = score_treatments(treatments[metadata + names], **options)
+        summary = {key: value for key, value in scores.items() if not isinstance(value, (list, dict))}
+        summary["participation_ratio"] = participation_ratio(profiles[raw[channel]])
+        summary["features"] = len(raw[channel])
+        result["channels"][channel] = summary
+    if not details:
+        return result
     for prefix in ("nsc", "nscb"):
         scored = [query for query in result[f"{prefix}_queries"] if query["excluded"] is None]
         result[f"{prefix}_wilson"] = wilson_interval(result[f"{prefix}_correct"], result[f"{prefix}_total"])
@@ -178,19 +202,50 @@ def evaluate_set(profiles, normalizer=None, **options):
             [query["correct"] for query in scored], [query["compound"] for query in scored]
         )
         result[f"{prefix}_null"] = permutation_null(result[f"{prefix}_queries"])
-    result["treatments"] = treatments["Metadata_Treatment"].tolist()
-    result["batches"] = treatments["Metadata_Batch"].tolist()
-    columns = [column for names in feature_columns(treatments).values() for column in names]
     result["map"], result["map_method"] = map_treatments(treatments[columns].to_numpy())
-    result["channels"] = {}
-    raw = feature_columns(profiles)
-    for channel, columns in feature_columns(treatments).items():
-        scores = score_treatments(treatments[metadata + columns], **options)
-        summary = {key: value for key, value in scores.items() if not isinstance(value, (list, dict))}
-        summary["participation_ratio"] = participation_ratio(profiles[raw[channel]])
-        summary["features"] = len(raw[channel])
-        result["channels"][channel] = summary
+    five = score_treatments(treatments, **{**options, "k": 5})
+    result["five_nearest"] = {prefix: five[prefix] for prefix in ("nsc", "nscb")}
+    result["reproducibility"] = replicate_reproducibility(normalized)
+    result["batch_effect"] = control_batch_effect(profiles, normalizer, group_by)
+    if retrieval:
+        result["retrieval"] = mean_average_precision(normalized)
     return result
+
+
+def control_batch_effect(profiles, normalizer, group_by=None):
+    """`batch_effect` on DMSO fields, before and after normalization: {"before": ..., "after": ...}.
+
+    After is measured on fields that the normalization has not seen (it is fitted on one half of the DMSO fields and
+    applied to the other, both ways, and averaged): on the fields it was fitted on, removing each batch's mean would
+    look perfect by construction. Before: each feature divided by its standard deviation.
+    """
+    control = profiles[profiles["Metadata_Compound"] == CONTROL].reset_index(drop=True)
+    batches = control["Metadata_Batch"].astype(str)
+    features = control[_features(control)].to_numpy(np.float64)
+    scale = features.std(axis=0)
+    # Every other field of each plate, in the order of wells and sites.
+    order = [column for column in ("Metadata_Plate", "Metadata_Well", "Metadata_Site") if column in control.columns]
+    half = control.sort_values(order, kind="stable").groupby("Metadata_Plate").cumcount().sort_index() % 2
+    parts = {"before": [], "after": []}
+    for fitted_on in (0, 1):
+        unseen = (half != fitted_on).to_numpy()
+        # Rows of the other half are renamed, so that the normalization is not fitted on them.
+        table = control.assign(Metadata_Compound=np.where(unseen, "held out", CONTROL))
+        try:
+            normalized = normalize_profiles(table, normalizer, group_by)
+        except ProfileError:
+            continue  # too few fields to halve
+        parts["before"].append(batch_effect(features[unseen] / np.where(scale > 0, scale, 1.0), batches[unseen]))
+        parts["after"].append(batch_effect(normalized.loc[unseen, _features(normalized)], batches[unseen]))
+    names = ("variance_explained", "expected_variance", "neighbour_share", "expected_neighbour")
+    return {
+        when: {name: float(np.mean([part[name] for part in found])) if found else float("nan") for name in names}
+        for when, found in parts.items()
+    }
+
+
+def _features(profiles):
+    return [column for names in feature_columns(profiles).values() for column in names]
 
 
 def map_treatments(vectors, seed=0):
@@ -309,6 +364,7 @@ def evaluate_run(run_folder, *, normalizer=None, progress=True, **options):
         raise ProfileError(f"{run / 'profiles'} holds no .parquet file: run wsdino-extract {run} first.")
     order = sorted(files, key=lambda name: (SETS.index(name) if name in SETS else len(SETS), name))
     normalizer = normalizer or TypicalVariationNormalizer()
+    unit = options.get("unit", "plate")
     sets, counts, sources = {}, {}, set()
     for name in tqdm(order, desc="Scoring", unit="set", disable=None if progress else True):
         profiles = read_profiles(files[name])
@@ -337,7 +393,10 @@ def evaluate_run(run_folder, *, normalizer=None, progress=True, **options):
         "counts": counts[main_set],
         "protocol": {
             "normalization": f"{normalizer!r}, fitted on DMSO fields, each channel alone",
-            "aggregation": "fields: mean within a plate; plates: median; channels concatenated; L2",
+            "aligned_by": options.get("group_by"),
+            "aggregation": f"fields: mean within a {unit}; {unit}s: median; channels concatenated; L2"
+            if unit != "field"
+            else "fields: median; channels concatenated; L2",
             "metric": options.get("metric", "cosine"),
             "k": options.get("k", 1),
             "batch_rule": options.get("batch_rule", "median"),
@@ -411,18 +470,33 @@ def main(argv=None):
         default="guarded",
         help="TVN: plain is the paper's; regularized mixes in the mean variance; guarded also drops unsure directions",
     )
+    parser.add_argument(
+        "--align",
+        choices=("none", "center", "scale", "coral"),
+        default="none",
+        help="before TVN, give each plate's or batch's DMSO fields the same mean, and spread, or covariance",
+    )
+    parser.add_argument("--align_by", choices=("plate", "batch"), default="plate", help="the groups of --align")
+    parser.add_argument(
+        "--unit", choices=("plate", "well", "field"), default="plate", help="what fields are averaged in first"
+    )
+    parser.add_argument("--retrieval", action="store_true", help="compute mAP too (needs the package copairs)")
     arguments = parser.parse_args(argv)
     whitening = {
-        "guarded": TypicalVariationNormalizer(),
-        "regularized": TypicalVariationNormalizer(rank_guard=None),
-        "plain": TypicalVariationNormalizer(regularization=0, rank_guard=None),
-    }
+        "guarded": {},
+        "regularized": {"rank_guard": None},
+        "plain": {"regularization": 0, "rank_guard": None},
+    }[arguments.whitening]
+    align = None if arguments.align == "none" else arguments.align
     try:
         if arguments.k < 1:
             raise ProfileError(f"--k is {arguments.k}: give at least 1.")
         results = evaluate_run(
             arguments.run,
-            normalizer=whitening[arguments.whitening],
+            normalizer=TypicalVariationNormalizer(**whitening, groups=align),
+            group_by=f"Metadata_{arguments.align_by.title()}" if align else None,
+            unit=arguments.unit,
+            retrieval=arguments.retrieval,
             metric=arguments.metric,
             k=arguments.k,
             batch_rule=arguments.batch_rule,

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from .evaluate_profiles import SETS, compare_sets, read_metrics
 from .profiles import ProfileError
 from .report_charts import bars, colour, confusion_table, line_chart, number, percent, scatter_map
+from .uncertainty import epoch_curves
 
 _SET_NOTES = {
     "trained": "the network after training",
@@ -319,9 +320,7 @@ def _training_section(runs):
         if heading:
             parts.append(f"<h3>{escape(heading)}</h3>")
         parts.append(f'<div class="grid-charts">{"".join(charts)}</div>')
-    best = _best_epochs(runs)
-    if best:
-        parts.append(best)
+    parts.append(_epochs_section(runs))
     return "".join(parts)
 
 
@@ -334,30 +333,97 @@ def _is_number(line, field):
     return isinstance(line.get(field), (int, float)) and isinstance(line.get("step"), (int, float))
 
 
-def _best_epochs(runs):
-    rows = []
-    for run in runs:
-        for channel, lines in run["metrics"].items():
-            scored = [line for line in lines if _is_number(line, "nscb")]
-            if scored:
-                best = max(scored, key=lambda line: (line["nscb"], -line["step"]))
-                last = scored[-1]
-                title = f"{run['name']}, {channel}" if len(runs) > 1 else channel
-                rows.append(
-                    (
-                        "",
-                        [
-                            escape(title),
-                            f"{percent(last['nscb'])} at step {last['step']}",
-                            f"{percent(best['nscb'])} at step {best['step']}"
-                            '<br><span class="miss">best epoch chosen on test labels</span>',
-                        ],
-                    )
+def _epochs_section(runs, prefix="nscb"):
+    """Scores taken during training: the last, the mean over a window fixed beforehand, and the best with its mark."""
+    rows, window = [], None
+    channels = sorted({channel for run in runs for channel in run["metrics"]}, key=_channel_key)
+    for channel in channels:
+        curves = {}
+        for run in runs:
+            lines = [line for line in run["metrics"].get(channel, []) if _is_number(line, prefix)]
+            if lines:
+                curves[run["name"]] = [(line.get("epoch", line["step"]), line[prefix]) for line in lines]
+        if not curves:
+            continue
+        # The last quarter of what every run has reached.
+        end = min(points[-1][0] for points in curves.values())
+        window = (0.75 * end, end)
+        curves = {name: points for name, points in curves.items() if any(window[0] <= x <= end for x, _ in points)}
+        if not curves:
+            continue
+        summary = epoch_curves(curves, window)
+        for name, seed in summary["seeds"].items():
+            title = f"{channel}, {name}" if len(runs) > 1 else channel
+            last = curves[name][-1]
+            rows.append(
+                (
+                    "",
+                    [
+                        escape(title),
+                        f"{percent(last[1])} at {number(last[0])}",
+                        percent(seed["window_mean"]),
+                        f"{percent(seed['best'])} at {number(seed['best_epoch'])}"
+                        f'<br><span class="miss">{escape(summary["best_note"])}</span>',
+                    ],
                 )
+            )
+        if len(curves) > 1:
+            spread = f"{percent(summary['window_mean'])} ± {number(100 * summary['window_sd'])}"
+            rows.append(("sub", [f"{escape(channel)}, all runs: mean ± SD", "", spread, ""]))
     if not rows:
         return ""
-    return "<h3>NSCB while training: the last evaluation, and the best</h3>" + _table(
-        ["Channel", "last", "best"], rows
+    head = ["", "last epoch", f"mean of epochs {number(window[0])} to {number(window[1])}", "best epoch"]
+    return f"<h3>{prefix.upper()} of one channel while training</h3>" + _table(head, rows, numeric=(1, 2, 3))
+
+
+def _measures_section(runs):
+    rows, retrieval = [], False
+    for run in runs:
+        for name in _ordered(run["results"]["sets"]):
+            scores = run["results"]["sets"][name]
+            if "reproducibility" not in scores:
+                continue
+            title = f"{run['name']}: {name}" if len(runs) > 1 else name
+            replicates, effect, five = (scores[key] for key in ("reproducibility", "batch_effect", "five_nearest"))
+            before, after = effect["before"], effect["after"]
+            cells = [
+                escape(title),
+                f"{percent(five['nsc'])}, {percent(five['nscb'])}",
+                f"{percent(replicates['share'])} ({replicates['replicating']}/{replicates['treatments']})",
+                f"{percent(before['variance_explained'], 0)} → {percent(after['variance_explained'], 0)}"
+                f'<br><span class="soft">chance {percent(after["expected_variance"], 0)}</span>',
+                f"{percent(before['neighbour_share'], 0)} → {percent(after['neighbour_share'], 0)}"
+                f'<br><span class="soft">chance {percent(after["expected_neighbour"], 0)}</span>',
+            ]
+            found = scores.get("retrieval")
+            retrieval = retrieval or bool(found)
+            for kind in ("replicate", "moa"):
+                part = found and found[kind]
+                cells.append(
+                    f"{number(part['map'])}<br><span class=soft>{percent(part['significant'], 0)} significant</span>"
+                    if part
+                    else "–"
+                )
+            rows.append(("", cells))
+    if not rows:
+        return ""
+    head = [
+        "Profiles",
+        "five nearest vote: NSC, NSCB",
+        "replicates agree",
+        "batch in the variance",
+        "batch in the neighbours",
+    ]
+    head += ["mAP, replicates", "mAP, mechanisms"]
+    if not retrieval:
+        head, rows = head[:5], [(kind, cells[:5]) for kind, cells in rows]
+    return (
+        "<h2 id=measures>Other measures</h2>"
+        + _table(head, rows, numeric=range(1, 7))
+        + '<p class="soft">Replicates agree: treatments whose plates are more alike than the 95th percentile of plates of '
+        "of different treatments. Batch: how much of the variance of DMSO fields lies between batches, and how often a "
+        "DMSO field's nearest neighbour is of its own batch, before and after normalization, on fields it was not "
+        "fitted to; the nearer to chance, the better.</p>"
     )
 
 
@@ -538,6 +604,7 @@ def render_report(runs):
     sections = [
         ("sets", "Scores", "<h2 id=sets>Scores, and what they are compared with</h2>" + _sets_section(runs)),
         ("comparison", "Differences", _comparison_section(runs)),
+        ("measures", "Measures", _measures_section(runs)),
         ("training", "Training", _training_section(runs)),
         ("mechanisms", "Mechanisms", _moa_section(runs)),
         ("map", "Map", "".join(["<h2 id=map>Map of treatments</h2>", *[_map_section(run, several) for run in runs]])),
