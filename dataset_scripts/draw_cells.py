@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 from scipy import ndimage
 
-ANGLES = 256
+ANGLES = 720
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class Phenotype:
     actin_puncta: float = 1.0  # bright spots a cell
     actin_puncta_radius: float = 2.0
     tubulin_diffuse: float = 1.0
-    tubulin_filaments: float = 70.0  # a cell
-    tubulin_length: float = 0.95  # of a filament, relative to the way from nucleus to edge
-    tubulin_swirl: float = 0.9  # sd of the angle (radians) a filament winds around the nucleus
+    tubulin_filaments: float = 150.0  # a cell
+    tubulin_length: float = 0.9  # of a filament, relative to the way from nucleus to edge
+    tubulin_swirl: float = 1.3  # sd of the angle (radians) a filament winds around the nucleus
     tubulin_bundling: float = 0.05  # share of filaments that are thick bundles
     tubulin_perinuclear: float = 0.25  # brightness of the cloud on one side of the nucleus
     variability: float = 0.12  # log sd of sizes between cells of a population
@@ -81,47 +81,47 @@ def mechanism_phenotypes() -> dict[str, Phenotype]:
             actin_puncta=16, actin_puncta_radius=3.2, binucleate=0.35, tubulin_swirl=0.3, nucleus_offset=0.2,
         ),
         "Aurora kinase inhibitors": replace(
-            normal, density=0.40, cell_radius=72, nucleus_radius=29, nucleus_lobes=0.28, nucleus_brightness=0.85,
-            variability=0.22, actin_fibres=14, tubulin_filaments=110, nucleoli=7,
+            normal, density=0.50, cell_radius=72, nucleus_radius=29, nucleus_lobes=0.28, nucleus_brightness=0.85,
+            variability=0.22, actin_fibres=14, tubulin_filaments=240, nucleoli=7,
         ),
         "Cholesterol-lowering": replace(
-            normal, density=0.55, cell_radius=34, cell_elongation=2.6, spikes=0.22, actin_body=1.5, actin_edge=0.7,
-            nucleus_radius=16, nucleus_elongation=1.5, tubulin_swirl=0.25, tubulin_filaments=45, actin_fibres=3,
+            normal, density=0.60, cell_radius=34, cell_elongation=2.6, spikes=0.22, actin_body=1.5, actin_edge=0.7,
+            nucleus_radius=16, nucleus_elongation=1.5, tubulin_swirl=0.25, tubulin_filaments=90, actin_fibres=3,
         ),
         "DNA damage": replace(
-            normal, density=0.35, cell_radius=70, nucleus_radius=25, nucleus_texture=0.30, nucleus_brightness=0.8,
+            normal, density=0.50, cell_radius=70, nucleus_radius=25, nucleus_texture=0.30, nucleus_brightness=0.8,
             nucleoli=2, nucleolus_radius=5.0, actin_fibres=18, actin_edge=0.7,
         ),
         "DNA replication": replace(
             normal, density=0.55, cell_radius=60, nucleus_radius=24.5, nucleus_texture=0.05, nucleus_brightness=1.1,
-            nucleoli=1.2, nucleolus_radius=7.0, clustering=0.3, actin_puncta=4,
+            nucleoli=1.2, nucleolus_radius=7.0, clustering=0.3, actin_puncta=4, tubulin_filaments=180,
         ),
         "Eg5 inhibitors": replace(
             normal, density=0.55, rounded=0.55, monopolar=0.95, clustering=0.3, binucleate=0.1, fragmented=0.12,
         ),
         "Epithelial": replace(
-            normal, density=1.15, clustering=0.95, cell_radius=38, spikes=0.03, cell_elongation=1.05, actin_edge=2.6,
+            normal, density=0.95, clustering=0.95, cell_radius=38, spikes=0.03, cell_elongation=1.05, actin_edge=2.6,
             actin_fibres=0, actin_body=0.7, nucleus_radius=16.5, tubulin_swirl=1.6, rounded=0.01,
         ),
         "Kinase inhibitors": replace(
             normal, density=0.65, spikes=0.40, cell_elongation=1.8, cell_radius=52, actin_edge=0.5, actin_fibres=2,
-            actin_body=0.8, tubulin_filaments=40, tubulin_bundling=0.15, tubulin_swirl=0.3, nucleus_elongation=1.45,
+            actin_body=0.8, tubulin_filaments=70, tubulin_bundling=0.15, tubulin_swirl=0.3, nucleus_elongation=1.45,
         ),
         "Microtubule destabilizers": replace(
-            normal, density=0.45, fragmented=0.65, fragments=7, rounded=0.22, cell_radius=46, tubulin_filaments=8,
+            normal, density=0.55, fragmented=0.65, fragments=7, rounded=0.22, cell_radius=46, tubulin_filaments=12,
             tubulin_length=0.35, tubulin_diffuse=2.2, spikes=0.16, nucleus_lobes=0.10,
         ),
         "Microtubule stabilizers": replace(
-            normal, density=0.40, fragmented=0.70, fragments=6, rounded=0.15, cell_radius=54, tubulin_filaments=34,
-            tubulin_bundling=0.85, tubulin_swirl=2.2, tubulin_diffuse=0.6, nucleus_lobes=0.10,
+            normal, density=0.55, fragmented=0.70, fragments=6, rounded=0.15, cell_radius=54, tubulin_filaments=45,
+            tubulin_bundling=0.85, tubulin_swirl=2.4, tubulin_diffuse=0.6, nucleus_lobes=0.10,
         ),
         "Protein degradation": replace(
-            normal, density=0.50, cell_radius=38, nucleus_radius=14.5, nucleus_offset=0.45, nucleus_brightness=1.3,
-            nucleus_lobes=0.12, nucleoli=0, tubulin_perinuclear=2.6, tubulin_filaments=30, rounded=0.12, spikes=0.15,
+            normal, density=0.60, cell_radius=38, nucleus_radius=14.5, nucleus_offset=0.45, nucleus_brightness=1.3,
+            nucleus_lobes=0.12, nucleoli=0, tubulin_perinuclear=2.6, tubulin_filaments=60, rounded=0.12, spikes=0.15,
         ),
         "Protein synthesis": replace(
             normal, density=0.60, cell_radius=42, nucleus_radius=15.5, nucleus_texture=0.03, nucleoli=0.2,
-            nucleus_elongation=1.05, spikes=0.05, tubulin_filaments=22, tubulin_diffuse=1.3, actin_edge=0.6,
+            nucleus_elongation=1.05, spikes=0.05, tubulin_filaments=45, tubulin_diffuse=1.3, actin_edge=0.6,
             actin_fibres=1, tubulin_length=0.7,
         ),
     }  # fmt: skip
@@ -195,22 +195,37 @@ class _Cells:
     monopolar: np.ndarray  # bool
     brightness: np.ndarray
     angle: np.ndarray
+    elongation: np.ndarray
     nucleus_row: np.ndarray
     nucleus_column: np.ndarray
     nucleus_radius: np.ndarray
 
 
-def _outlines(rng, count, radius, elongation, irregularity, angle, harmonics=(3, 9)) -> np.ndarray:
-    """Star-shaped outlines: an ellipse of equal area times a random trigonometric polynomial."""
+def _ellipses(radius, elongation, angle) -> np.ndarray:
+    """Radius at each angle of ellipses with the area of a circle of `radius`: `(count, ANGLES)`."""
+    turned = np.arange(ANGLES)[None] * (2 * np.pi / ANGLES) - angle[:, None]
+    long, short = np.sqrt(elongation)[:, None], 1 / np.sqrt(elongation)[:, None]
+    return radius[:, None] / np.sqrt((np.cos(turned) / long) ** 2 + (np.sin(turned) / short) ** 2)
+
+
+def _waves(rng, amplitude, harmonics) -> np.ndarray:
+    """Random trigonometric polynomials of sd `amplitude`, one a row: smooth lobes."""
     theta = np.arange(ANGLES) * (2 * np.pi / ANGLES)
-    long, short = np.sqrt(elongation), 1 / np.sqrt(elongation)
-    turned = theta[None] - angle[:, None]
-    ellipse = 1 / np.sqrt((np.cos(turned) / long[:, None]) ** 2 + (np.sin(turned) / short[:, None]) ** 2)
     orders = np.arange(*harmonics)
-    amplitude = rng.normal(size=(count, len(orders))) * irregularity / np.sqrt(len(orders) / 2)
-    phase = rng.uniform(0, 2 * np.pi, size=(count, len(orders)))
-    waves = np.einsum("co,cot->ct", amplitude, np.cos(orders[None, :, None] * theta + phase[:, :, None]))
-    return radius[:, None] * ellipse * np.exp(np.clip(waves, -0.9, 0.6))
+    size = rng.normal(size=(len(amplitude), len(orders))) * amplitude[:, None] * np.sqrt(2 / len(orders))
+    phase = rng.uniform(0, 2 * np.pi, size=size.shape)
+    return np.einsum("co,cot->ct", size, np.cos(orders[None, :, None] * theta + phase[:, :, None]))
+
+
+def _corners(rng, amplitude) -> np.ndarray:
+    """A few pointed corners with concave sides between them, as of a cell that holds on to the glass."""
+    theta = np.arange(ANGLES) * (2 * np.pi / ANGLES)
+    height = rng.gamma(1.5, 1 / 1.5, size=(len(amplitude), 7)) * amplitude[:, None]
+    height *= rng.uniform(size=height.shape) < 0.75
+    where = rng.uniform(0, 2 * np.pi, size=height.shape)
+    sharp = rng.uniform(8, 30, size=height.shape)
+    bumps = np.exp(sharp[:, :, None] * (np.cos(theta - where[:, :, None]) - 1))
+    return np.einsum("cs,cst->ct", height, bumps)
 
 
 def _place_cells(rng, image_size, phenotype, optics, scale) -> _Cells:
@@ -255,7 +270,11 @@ def _place_cells(rng, image_size, phenotype, optics, scale) -> _Cells:
     elongation = np.maximum(phenotype.cell_elongation * np.exp(rng.normal(0, 0.15, count)), 1.0)
     radius = np.where(rounded, 25.0 * scale * optics.cell_size * size**0.5, radius)
     elongation = np.where(rounded, 1.05, elongation)
-    outline = _outlines(rng, count, radius, elongation, np.where(rounded, 0.02, phenotype.spikes)[:, None], angle)
+    flat = np.where(rounded, 0.0, 1.0)
+    waves = _waves(rng, 0.02 + 0.06 * flat, (2, 5)) + _waves(rng, 0.3 * phenotype.spikes * flat, (12, 40))
+    waves += _corners(rng, 2.6 * phenotype.spikes * flat)
+    outline = _ellipses(radius, elongation, angle) * np.exp(0.9 * np.tanh(waves / 0.9))
+    outline *= (radius / np.sqrt((outline**2).mean(axis=1)))[:, None]  # corners must not make cells larger
     offset = np.where(rounded, 0, phenotype.nucleus_offset * radius * rng.uniform(0.3, 1.7, count))
     toward = rng.uniform(0, 2 * np.pi, count)
     nucleus_radius = phenotype.nucleus_radius * scale * optics.cell_size * np.exp(rng.normal(0, 0.8 * spread, count))
@@ -266,8 +285,9 @@ def _place_cells(rng, image_size, phenotype, optics, scale) -> _Cells:
         outline=outline,
         rounded=rounded,
         monopolar=monopolar,
-        brightness=np.exp(rng.normal(0, 0.18, count)) * np.where(rounded, 2.2, 1.0),
+        brightness=np.exp(rng.normal(0, 0.25, count)) * np.where(rounded, 2.2, 1.0),
         angle=angle,
+        elongation=elongation,
         nucleus_row=chosen[:, 0] + offset * np.sin(toward),
         nucleus_column=chosen[:, 1] + offset * np.cos(toward),
         nucleus_radius=np.minimum(nucleus_radius, 0.8 * radius),
@@ -365,9 +385,8 @@ def _draw_nuclei(rng, cells: _Cells, phenotype: Phenotype, image_size, scale) ->
 
     table = np.array(bodies, dtype=np.float64)
     count = len(table)
-    outline = _outlines(
-        rng, count, table[:, 2], table[:, 3], table[:, 4][:, None], rng.uniform(0, 2 * np.pi, count), (2, 6)
-    )
+    outline = _ellipses(table[:, 2], table[:, 3], rng.uniform(0, 2 * np.pi, count))
+    outline *= np.exp(np.clip(_waves(rng, table[:, 4], (2, 5)), -0.6, 0.6))
     largest = int(np.ceil(outline.max())) + 3
     distance, bins = _polar_window(largest)
     for i in range(count):
@@ -417,7 +436,7 @@ def _draw_tubulin(rng, cells: _Cells, phenotype: Phenotype, label, depth, nuclea
     count = len(cells.row)
     body = np.where(label >= 0, np.append(cells.brightness, 0).astype(np.float32)[label], 0)
     dome = 0.45 + 0.55 * np.exp(-((depth / 0.55) ** 2))
-    signal = 620 * phenotype.tubulin_diffuse * body * dome
+    signal = 900 * phenotype.tubulin_diffuse * body * dome
     if not count:
         return signal
 
@@ -425,35 +444,37 @@ def _draw_tubulin(rng, cells: _Cells, phenotype: Phenotype, label, depth, nuclea
     per_cell = np.where(cells.rounded, 40, per_cell)
     owner = np.repeat(np.arange(count), per_cell)
     total = len(owner)
-    points = max(int(1.3 * phenotype.cell_radius * scale), 16)
-    t = np.linspace(0, 1, points)[None]
-    start_angle = rng.uniform(0, 2 * np.pi, total)[:, None]
-    swirl = rng.normal(0, phenotype.tubulin_swirl, total)[:, None]
-    wiggle = rng.normal(0, 0.10, total)[:, None] * np.sin(
-        2 * np.pi * (t * rng.uniform(0.5, 1.5, total)[:, None] + rng.uniform(0, 1, total)[:, None])
+    aster = cells.rounded[owner]
+    # Filaments wind outwards around the nucleus along the cell's ellipse; those of a rounded cell make an aster.
+    points = max(int(1.8 * phenotype.cell_radius * scale), 16)
+    t = (np.arange(points) + 0.5)[None] / points
+    inner = np.where(aster, 0.05, cells.nucleus_radius[owner] / cells.radius[owner] * rng.uniform(0.5, 1.1, total))
+    inner = inner + np.where(aster, 0, np.maximum(1 - inner, 0) * rng.uniform(0, 0.8, total) ** 2)
+    outer = inner + (1.15 - inner) * np.where(aster, 0.6, phenotype.tubulin_length * rng.uniform(0.25, 1, total))
+    wind = np.where(aster, 0, rng.normal(0, phenotype.tubulin_swirl, total))
+    rho = inner[:, None] + (outer - inner)[:, None] * t
+    # The same angle is a shorter way near the nucleus: most of the winding happens there.
+    theta = rng.uniform(0, 2 * np.pi, total)[:, None] + wind[:, None] * np.sqrt(t)
+    theta = theta + np.where(aster, 0, 0.05)[:, None] * np.sin(
+        2 * np.pi * (t * rng.uniform(0.5, 2, total)[:, None] + rng.uniform(0, 1, total)[:, None])
     )
-    length = np.clip(phenotype.tubulin_length * rng.uniform(0.6, 1.1, total), 0.05, 1.0)[:, None]
-    theta = start_angle + swirl * t * (1.2 - 0.4 * t) + wiggle
-    outline = cells.outline[owner[:, None], (theta * (ANGLES / (2 * np.pi))).astype(np.int64) % ANGLES]
-    start = (cells.nucleus_radius[owner] * rng.uniform(0.35, 1.05, total))[:, None]
-    # A rounded cell's filaments make an aster from its middle; the others run from the nucleus to the edge.
-    aster = cells.rounded[owner][:, None]
-    start = np.where(aster, 1.0, start)
-    theta = np.where(aster, start_angle, theta)
-    reach = np.where(aster, 0.75, length)
-    r = start + np.maximum(outline - start, 2) * reach * t
-    row = cells.nucleus_row[owner][:, None] * (1 - t) + cells.row[owner][:, None] * t + r * np.sin(theta)
-    column = cells.nucleus_column[owner][:, None] * (1 - t) + cells.column[owner][:, None] * t + r * np.cos(theta)
+    turned = theta - cells.angle[owner][:, None]
+    long = np.sqrt(cells.elongation[owner])[:, None]
+    r = cells.radius[owner][:, None] * rho / np.sqrt((np.cos(turned) / long) ** 2 + (np.sin(turned) * long) ** 2)
+    toward = np.clip(1.2 - rho, 0, 1)  # around the nucleus near it, around the cell's middle far from it
+    row = cells.row[owner][:, None] + toward * (cells.nucleus_row - cells.row)[owner][:, None] + r * np.sin(theta)
+    column = cells.column[owner][:, None] + r * np.cos(theta)
+    column = column + toward * (cells.nucleus_column - cells.column)[owner][:, None]
+    step = np.hypot(np.diff(row, axis=1, append=row[:, -1:]), np.diff(column, axis=1, append=column[:, -1:]))
     # Equal mass for equal length: the points of a long filament stand farther apart.
-    run = np.maximum(outline - start, 2) * reach + np.abs(swirl) * 0.5 * outline
-    weight = run / points * (1.0 - 0.45 * t) * (cells.brightness[owner] ** 0.8)[:, None]
+    weight = step * (1.1 - 0.6 * t) * (cells.brightness[owner] ** 0.8)[:, None]
     weight = weight * _keep_in_cell(label, owner[:, None], row, column)
-    bundle = (rng.uniform(size=total) < phenotype.tubulin_bundling) & ~cells.rounded[owner]
+    bundle = (rng.uniform(size=total) < phenotype.tubulin_bundling) & ~aster
     thin = _splat(label.shape, row[~bundle], column[~bundle], weight[~bundle])
     thick = _splat(label.shape, row[bundle], column[bundle], weight[bundle])
-    signal += 1150 * scale * ndimage.gaussian_filter(thin, 0.7 * scale, truncate=3)
+    signal += 620 * scale * ndimage.gaussian_filter(thin, 0.7 * scale, truncate=3)
     if bundle.any():
-        signal += 9000 * scale * ndimage.gaussian_filter(thick, 1.9 * scale, truncate=3)
+        signal += 3800 * scale * ndimage.gaussian_filter(thick, 1.6 * scale, truncate=3)
 
     # The cloud by the nucleus: microtubule organising centre, or an aggresome when it is strong.
     away = rng.uniform(0, 2 * np.pi, count)
@@ -462,7 +483,7 @@ def _draw_tubulin(rng, cells: _Cells, phenotype: Phenotype, label, depth, nuclea
     cloud = _splat(label.shape, dy, dx, np.where(cells.rounded, 0.3, phenotype.tubulin_perinuclear))
     width = 6.0 * scale
     signal += 2300 * (2 * np.pi * width**2) * ndimage.gaussian_filter(cloud, width, truncate=3)
-    return signal * (1 - 0.35 * nuclear)
+    return signal * (1 - 0.2 * nuclear)
 
 
 def _draw_actin(rng, cells: _Cells, phenotype: Phenotype, label, depth, rim, scale) -> np.ndarray:
@@ -470,28 +491,33 @@ def _draw_actin(rng, cells: _Cells, phenotype: Phenotype, label, depth, rim, sca
     brightness = np.append(cells.brightness, 0).astype(np.float32)
     body = np.where(label >= 0, brightness[label], 0)
     patches = ndimage.gaussian_filter(rng.standard_normal(label.shape, dtype=np.float32), 5 * scale)
-    patches = 1 + 0.25 * patches / max(float(patches.std()), 1e-6)
-    signal = 2900 * phenotype.actin_body * body * (0.7 + 0.3 * np.exp(-((depth / 0.6) ** 2))) * patches
-    width = 2.6 * scale
-    signal += 4300 * phenotype.actin_edge * body * np.exp(-((rim / width) ** 2)) * np.maximum(patches, 0.3) ** 2
+    patches = 1 + 0.15 * patches / max(float(patches.std()), 1e-6)
+    signal = 4300 * phenotype.actin_body * body * (0.65 + 0.35 * np.exp(-((depth / 0.6) ** 2))) * patches
+    width = 2.0 * scale
+    signal += 4200 * phenotype.actin_edge * body * np.exp(-((rim / width) ** 2)) * np.maximum(patches, 0.3) ** 4
     if not count:
         return signal
 
     # Stress fibres: straight, nearly parallel lines across the cell.
-    per_cell = np.where(cells.rounded, 0, rng.poisson(max(phenotype.actin_fibres, 0), count))
+    # Some cells are full of them and many have none.
+    per_cell = np.where(cells.rounded, 0, rng.poisson(phenotype.actin_fibres * rng.gamma(0.6, 1 / 0.6, count)))
     owner = np.repeat(np.arange(count), per_cell)
     if len(owner):
         t = np.linspace(-1, 1, max(int(2 * phenotype.cell_radius * scale), 16))[None]
         angle = (cells.angle[owner] + rng.normal(0, 0.18, len(owner)))[:, None]
         aside = (rng.uniform(-0.8, 0.8, len(owner)) * cells.radius[owner])[:, None]
-        along = cells.radius[owner][:, None] * rng.uniform(0.4, 1.0, len(owner))[:, None] * t
+        along = cells.radius[owner][:, None] * (
+            rng.uniform(0.2, 0.8, len(owner))[:, None] * t + rng.uniform(-0.4, 0.4, len(owner))[:, None]
+        )
         row = cells.row[owner][:, None] + along * np.sin(angle) + aside * np.cos(angle)
         column = cells.column[owner][:, None] + along * np.cos(angle) - aside * np.sin(angle)
-        weight = cells.brightness[owner][:, None] * _keep_in_cell(label, owner[:, None], row, column)
+        weight = (cells.brightness[owner] * rng.uniform(0.3, 1, len(owner)))[:, None] * _keep_in_cell(
+            label, owner[:, None], row, column
+        )
         fibres = _splat(label.shape, row.ravel(), column.ravel(), weight.ravel())
-        signal += 4200 * scale * ndimage.gaussian_filter(fibres, 1.0 * scale, truncate=3)
+        signal += 2400 * scale * ndimage.gaussian_filter(fibres, 1.0 * scale, truncate=3)
 
-    spots = np.repeat(np.arange(count), rng.poisson(max(phenotype.actin_puncta, 0), count))
+    spots = np.repeat(np.arange(count), rng.poisson(phenotype.actin_puncta, count))
     if len(spots):
         r = cells.radius[spots] * np.sqrt(rng.uniform(0.02, 0.9, len(spots)))
         angle = rng.uniform(0, 2 * np.pi, len(spots))

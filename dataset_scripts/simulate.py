@@ -368,11 +368,16 @@ def _write_well(task) -> None:
     folder, seed, design, well, phenotype, strength, optics = task
     here = _stream(seed, "well", well["plate"], well["well"])
     k = design.nuisance
-    gain = np.exp(k * here.normal(0, 0.05, 3))
+    # A compound stains and kills in its own way, which says little about its mechanism: with brightness and number
+    # of cells alone, compounds of one mechanism must not find each other.
+    own = _stream(seed, "treatment", well["treatment"])
+    drugged = 0.0 if well["compound"] == "DMSO" else 1.0
+    gain = np.exp(k * (here.normal(0, 0.10, 3) + drugged * own.normal(0, 0.28, 3)))
+    toxicity = drugged * own.normal(0, 0.30)
     optics = replace(
         optics,
         gain=tuple(float(a * b) for a, b in zip(optics.gain, gain, strict=True)),
-        density=optics.density * float(np.exp(k * here.normal(0, 0.12))),
+        density=optics.density * float(np.exp(k * (here.normal(0, 0.18) + toxicity))),
         blur=optics.blur * float(np.exp(k * here.normal(0, 0.05))),
     )
     shown = Phenotype().blend(phenotype, strength)
