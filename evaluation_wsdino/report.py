@@ -420,10 +420,10 @@ def _measures_section(runs):
     return (
         "<h2 id=measures>Other measures</h2>"
         + _table(head, rows, numeric=range(1, 7))
-        + '<p class="soft">Replicates agree: treatments whose plates are more alike than the 95th percentile of plates of '
-        "of different treatments. Batch: how much of the variance of DMSO fields lies between batches, and how often a "
-        "DMSO field's nearest neighbour is of its own batch, before and after normalization, on fields it was not "
-        "fitted to; the nearer to chance, the better.</p>"
+        + '<p class="soft">Replicates agree: treatments whose plates are more alike than 95 in 100 sets of plates '
+        "of different treatments. Batch: how much of the variance of DMSO fields lies between batches, and how "
+        "often a DMSO field's nearest neighbour is of its own batch, before and after normalization, on fields it "
+        "was not fitted to; the nearer to chance, the better.</p>"
     )
 
 

@@ -86,9 +86,11 @@ def permutation_null(queries, draws=10_000, seed=0):
     observed = int(((labels[own] == labels[near]) & (near >= 0)).sum())
     rng = np.random.default_rng(seed)
     counts = np.empty(draws, dtype=np.int64)
-    for draw in range(draws):
-        shuffled = rng.permutation(labels)
-        counts[draw] = ((shuffled[own] == shuffled[near]) & (near >= 0)).sum()
+    step = max(1, 4_000_000 // len(scored))
+    for start in range(0, draws, step):
+        rows = min(step, draws - start)
+        shuffled = rng.permuted(np.tile(labels, (rows, 1)), axis=1)
+        counts[start : start + rows] = ((shuffled[:, own] == shuffled[:, near]) & (near >= 0)).sum(axis=1)
     return {
         "p_value": float((1 + (counts >= observed).sum()) / (1 + draws)),
         "null_mean": float(counts.mean() / len(scored)),

@@ -1,0 +1,312 @@
+"""A run folder's scores: against the steps done by hand, and the files as a user leaves them."""
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from evaluation_wsdino import ProfileError
+from evaluation_wsdino.evaluate_profiles import (
+    collapse_verdict,
+    control_batch_effect,
+    evaluate_run,
+    evaluate_set,
+    format_table,
+    main,
+    map_treatments,
+    participation_ratio,
+    read_metrics,
+)
+from evaluation_wsdino.normalization import TypicalVariationNormalizer
+
+MOAS = ("Actin disruptors", "DNA damage", "Eg5 inhibitors", "Kinase inhibitors")
+
+
+def screen(signal, seed=0, width=6, source="simulated, seed 7", batch_shift=0.3):
+    """4 MOAs x 3 compounds x 2 concentrations; weeks 1-3, the last MOA in week 1 alone; a compound has one week."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for week in (1, 2, 3):
+        for plate in (1, 2):
+            name = f"Week{week}_{plate}"
+            for site in range(1, 7):
+                rows.append((name, "B02", site, "DMSO", 0.0, "DMSO", "DMSO", f"Week{week}"))
+            for m, moa in enumerate(MOAS):
+                for c in range(3):
+                    if (1 if m == 3 else c + 1) == week:
+                        for d, dose in enumerate((0.1, 1.0)):
+                            for site in (1, 2):
+                                compound = f"{moa[:3]}-{c}"
+                                well = f"{'CDEF'[m]}{c:02d}{d}"
+                                rows.append(
+                                    (name, well, site, compound, dose, f"{compound}_{dose:g}", moa, f"Week{week}")
+                                )
+    names = ("Plate", "Well", "Site", "Compound", "Concentration", "Treatment", "MOA", "Batch")
+    frame = pd.DataFrame(rows, columns=[f"Metadata_{name}" for name in names])
+    frame["Metadata_Source"] = source
+    for channel in ("dna", "tubulin"):
+        means = {moa: rng.normal(size=width) * signal for moa in MOAS} | {"DMSO": np.zeros(width)}
+        weeks = {f"Week{week}": rng.normal(size=width) * batch_shift for week in (1, 2, 3)}
+        values = np.stack(
+            [means[m] + weeks[b] for m, b in zip(frame["Metadata_MOA"], frame["Metadata_Batch"], strict=True)]
+        )
+        values += rng.normal(size=values.shape)
+        for index in range(width):
+            frame[f"{channel}_{index:04d}"] = values[:, index].astype(np.float32)
+    return frame
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "demo"
+    (folder / "profiles").mkdir(parents=True)
+    screen(4.0).to_parquet(folder / "profiles" / "trained.parquet")
+    screen(0.3).to_parquet(folder / "profiles" / "untrained.parquet")
+    (folder / "settings.json").write_text(json.dumps({"arguments": {"out_dim": 64, "seed": 7}}))
+    for channel in ("dna", "tubulin"):
+        (folder / channel).mkdir()
+        lines = [
+            {"step": step, "loss": 4.0 - step / 10, "teacher_entropy": 2.0, "mean_entropy": 3.0, "kl": 0.5}
+            for step in range(5)
+        ]
+        (folder / channel / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def steps_by_hand(frame):
+    """The way from fields to NSC and NSCB, written with loops and numpy's covariance, plain whitening."""
+    parts = []
+    for channel in ("dna", "tubulin"):
+        values = frame[[column for column in frame if column.startswith(channel)]].to_numpy(float)
+        dmso = values[(frame["Metadata_Compound"] == "DMSO").to_numpy()]
+        eigenvalues, vectors = np.linalg.eigh(np.cov(dmso.T))
+        parts.append((values - dmso.mean(axis=0)) @ vectors / np.sqrt(eigenvalues))
+    values = np.concatenate(parts, axis=1)
+    treatments = sorted(set(frame["Metadata_Treatment"]) - {"DMSO"})
+    profiles, info = [], []
+    for name in treatments:
+        rows = frame[frame["Metadata_Treatment"] == name]
+        plates = [
+            values[rows.index[rows["Metadata_Plate"] == plate]].mean(axis=0)
+            for plate in sorted(set(rows["Metadata_Plate"]))
+        ]
+        vector = np.median(plates, axis=0)
+        profiles.append(vector / np.linalg.norm(vector))
+        info.append((rows["Metadata_MOA"].iloc[0], rows["Metadata_Compound"].iloc[0], rows["Metadata_Batch"].iloc[0]))
+    out = {}
+    for name in ("nsc", "nscb"):
+        right = total = 0
+        for i, (moa, compound, batch) in enumerate(info):
+            if name == "nscb" and moa == "Kinase inhibitors":
+                continue
+            best = None
+            for j, (_, other, week) in enumerate(info):
+                if other == compound or (name == "nscb" and (week == batch or info[j][0] == "Kinase inhibitors")):
+                    continue
+                if best is None or profiles[i] @ profiles[j] > profiles[i] @ profiles[best]:
+                    best = j
+            total += 1
+            right += info[best][0] == moa
+        out[name] = (right, total)
+    return out
+
+
+@pytest.mark.parametrize(("signal", "seed"), [(4.0, 0), (0.8, 1), (0.5, 2)])
+def test_scores_agree_with_the_steps_by_hand(signal, seed):
+    frame = screen(signal, seed)
+    plain = TypicalVariationNormalizer(regularization=0, rank_guard=None)
+    got = evaluate_set(frame, plain, details=False)
+    expected = steps_by_hand(frame)
+    assert (got["nsc_correct"], got["nsc_total"]) == expected["nsc"]
+    assert (got["nscb_correct"], got["nscb_total"]) == expected["nscb"]
+    assert expected["nscb"][1] == 18 and got["nscb_excluded"] == 6
+
+
+def test_a_run_is_evaluated_and_written(run):
+    results = evaluate_run(run, progress=False)
+    assert json.loads((run / "results.json").read_text()) == results
+    assert not list(run.glob("*.partial"))
+    assert results["simulated"] is True and results["sources"] == ["simulated, seed 7"]
+    assert list(results["sets"]) == ["untrained", "trained"]
+    assert results["headline"]["set"] == "trained" and results["headline"]["nsc"] == results["sets"]["trained"]["nsc"]
+    assert results["sets"]["trained"]["nsc"] > 0.9 > 0.7 > results["sets"]["untrained"]["nsc"]
+    counts = {
+        "fields": 132,
+        "dmso_fields": 36,
+        "treatments": 24,
+        "compounds": 12,
+        "moas": 4,
+        "plates": 6,
+        "batches": 3,
+    }
+    assert counts.items() <= results["counts"].items()
+    assert results["settings"]["arguments"]["seed"] == 7
+    assert results["training"]["dna"]["last_loss"] == pytest.approx(3.6)
+    assert results["training"]["dna"]["collapse"]["verdict"] == "healthy"
+    comparison = results["comparisons"][0]
+    assert (comparison["first"], comparison["second"]) == ("untrained", "trained")
+    trained, untrained = results["sets"]["trained"], results["sets"]["untrained"]
+    gain = trained["nsc_correct"] - untrained["nsc_correct"]
+    assert len(comparison["nsc"]["gained"]) - len(comparison["nsc"]["lost"]) == gain
+    low, high = trained["nsc_wilson"]
+    assert low < trained["nsc"] <= high
+    assert set(trained["channels"]) == {"dna", "tubulin"}
+    assert "SIMULATED" in format_table(results)
+
+
+def test_real_data_are_not_called_simulated(run):
+    for path in run.glob("profiles/*.parquet"):
+        pd.read_parquet(path).assign(Metadata_Source="BBBC021v1").to_parquet(path)
+    results = evaluate_run(run, progress=False)
+    assert results["simulated"] is False
+    assert "SIMULATED" not in format_table(results)
+
+
+def test_a_collapsed_network_is_scored_as_wrong_and_named(run):
+    frame = screen(1.0)
+    features = [column for column in frame if not column.startswith("Metadata_")]
+    frame[features] = np.float32(0.25)
+    frame.to_parquet(run / "profiles" / "trained.parquet")
+    lines = [{"step": 9, "loss": 0.2, "teacher_entropy": 0.01, "mean_entropy": 0.012, "participation_ratio": 1.0}]
+    (run / "dna" / "metrics.jsonl").write_text(json.dumps(lines[0]) + "\n")
+    results = evaluate_run(run, progress=False)
+    assert results["headline"]["nsc"] == 0.0 and results["headline"]["nscb"] == 0.0
+    assert results["sets"]["trained"]["channels"]["dna"]["participation_ratio"] == 0.0
+    assert results["training"]["dna"]["collapse"]["verdict"] == "collapsed"
+    assert "same prototype" in format_table(results)
+
+
+def test_unlabelled_treatments_are_left_out_of_scores_and_counted():
+    frame = screen(4.0)
+    frame.loc[frame["Metadata_Compound"] == "Act-0", "Metadata_MOA"] = ""
+    got = evaluate_set(frame, details=False)
+    assert got["nsc_total"] == 22 and not any(name.startswith("Act-0") for name in got["treatments"])
+
+
+def test_participation_ratio_by_hand():
+    rng = np.random.default_rng(0)
+    directions = np.linalg.qr(rng.normal(size=(1000, 4)))[0]
+    directions = np.linalg.qr(directions - directions.mean(axis=0))[0]
+    assert participation_ratio(directions) == pytest.approx(4.0)  # equal variances
+    assert participation_ratio(directions * [3, 1, 1, 1]) == pytest.approx((9 + 3) ** 2 / (81 + 3))
+    assert participation_ratio(directions[:, :1] @ np.ones((1, 5))) == pytest.approx(1.0)
+    assert participation_ratio(np.full((10, 3), 0.1)) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("line", "verdict"),
+    [
+        ({"teacher_entropy": 2.0, "mean_entropy": 3.5, "participation_ratio": 8}, "healthy"),
+        ({"teacher_entropy": 0.02, "mean_entropy": 0.03}, "collapsed"),  # one prototype for all
+        ({"teacher_entropy": 4.155, "mean_entropy": 4.158}, "collapsed"),  # uniform: ln 64 = 4.1589
+        ({"teacher_entropy": 2.0, "mean_entropy": 2.01}, "suspect"),  # every image the same target
+        ({"teacher_entropy": 2.0, "mean_entropy": 3.5, "participation_ratio": 1.1}, "suspect"),
+        ({"loss": 1.0}, "unknown"),
+    ],
+)
+def test_the_verdict_on_collapse(line, verdict):
+    healthy = {"teacher_entropy": 2.0, "mean_entropy": 3.5, "participation_ratio": 9}
+    lines = [line] if verdict == "unknown" else [healthy, line]
+    assert collapse_verdict(lines, 64)["verdict"] == verdict
+
+
+def test_batch_effect_on_fields_the_normalization_has_not_seen():
+    """Control fields of twelve batches that differ by a shift alone, twelve fields a plate."""
+    rng = np.random.default_rng(0)
+    rows = [(f"Week{b}_1", f"B{w:02d}", s, "DMSO", f"Week{b}") for b in range(12) for w in range(6) for s in (1, 2)]
+    frame = pd.DataFrame(rows, columns=[f"Metadata_{name}" for name in ("Plate", "Well", "Site", "Compound", "Batch")])
+    shift = np.repeat(rng.normal(size=(12, 4)) * 3, 12, axis=0)
+    for index, column in enumerate((rng.normal(size=(144, 4)) + shift).T):
+        frame[f"dna_{index:04d}"] = column
+    plain = control_batch_effect(frame, TypicalVariationNormalizer())
+    centred = control_batch_effect(frame, TypicalVariationNormalizer(groups="center"), "Metadata_Batch")
+    assert plain["before"]["variance_explained"] > 0.8 and plain["after"]["variance_explained"] > 0.7
+    assert plain["before"]["expected_variance"] == pytest.approx(11 / 71)
+    # Held-out fields keep the error of six fields' mean: (1/6) of a field's variance beside what chance gives.
+    assert 0.15 < centred["after"]["variance_explained"] < 0.4
+    assert centred["after"]["neighbour_share"] < 0.3 < 0.7 < plain["before"]["neighbour_share"]
+
+
+def test_a_log_cut_short_is_read_and_a_broken_one_refused(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert read_metrics(log) == [{"step": 1}, {"step": 2}]
+    log.write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
+    with pytest.raises(ProfileError, match="line 2, is not JSON"):
+        read_metrics(log)
+
+
+def test_maps_have_two_coordinates_a_treatment():
+    rng = np.random.default_rng(0)
+    clusters = np.repeat(np.eye(4), 10, axis=0) + 0.05 * rng.normal(size=(40, 4))
+    points, method = map_treatments(clusters)
+    assert "t-SNE" in method and np.shape(points) == (40, 2)
+    centres = np.array(points).reshape(4, 10, 2).mean(axis=1)
+    near = ((np.array(points)[:, None] - centres) ** 2).sum(axis=2).argmin(axis=1)
+    assert (near == np.repeat(range(4), 10)).all()
+    assert np.shape(map_treatments(np.eye(3))[0]) == (3, 2) and map_treatments(np.eye(3))[1] == "PCA"
+    assert map_treatments(np.zeros((20, 3)))[0] == [[0.0, 0.0]] * 20
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_the_command_prints_a_table(run, capsys):
+    main([str(run), "--whitening", "plain", "--align", "center", "--align_by", "batch", "--batch_rule", "joined"])
+    out = capsys.readouterr().out
+    assert "trained" in out and "NSCB" in out and "results.json" in out
+    protocol = json.loads((run / "results.json").read_text())["protocol"]
+    assert protocol["batch_rule"] == "joined" and protocol["aligned_by"] == "Metadata_Batch"
+    assert "regularization=0" in protocol["normalization"]
+
+
+def stop(run, arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([str(run), *arguments])
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_bad_input_ends_with_one_sentence_and_leaves_old_results(run, tmp_path, capsys):
+    (run / "results.json").write_text("{}")
+    assert "is not a folder: name a run folder" in stop(tmp_path / "absent", [], capsys)
+    (tmp_path / "empty").mkdir()
+    assert "holds no .parquet file: run wsdino-extract" in stop(tmp_path / "empty", [], capsys)
+    assert "--k is 0" in stop(run, ["--k", "0"], capsys)
+    path = run / "profiles" / "trained.parquet"
+    good = pd.read_parquet(path)
+    for change, message in (
+        (lambda frame: frame[frame["Metadata_Compound"] != "DMSO"], "hold 0 DMSO fields"),
+        (lambda frame: frame.drop(columns="Metadata_MOA"), "no column Metadata_MOA"),
+        (lambda frame: frame.assign(Metadata_MOA=""), "No treated field has a Metadata_MOA"),
+        (lambda frame: frame.assign(dna_0000=np.nan), "column dna_0000, is not a finite number"),
+    ):
+        change(good).to_parquet(path)
+        error = stop(run, [], capsys)
+        assert message in error and "trained" in error and "Traceback" not in error
+        assert error.startswith("wsdino-evaluate: error: ") and error.count("\n") == 1
+    assert (run / "results.json").read_text() == "{}"
+    path.write_bytes(b"nothing")
+    assert "trained.parquet is not a readable Parquet file" in stop(run, [], capsys)
+    good.to_parquet(path)
+    (run / "settings.json").write_text("{")
+    assert "settings.json is not JSON" in stop(run, [], capsys)
+
+
+def test_results_are_strict_json(run):
+    """No NaN or Infinity, which other readers of JSON refuse."""
+    frame = screen(4.0)
+    frame = frame[frame["Metadata_Batch"] == "Week1"]  # no NSCB query at all
+    for path in run.glob("profiles/*.parquet"):
+        frame.to_parquet(path)
+    evaluate_run(run, progress=False)
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    results = json.loads((run / "results.json").read_text(), parse_constant=refuse)
+    assert results["headline"]["nscb"] is None
+    assert "no query" in format_table(results)
+    assert math.isfinite(results["headline"]["nsc"])

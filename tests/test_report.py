@@ -1,0 +1,335 @@
+"""The report page: what it says, that it needs nothing else, and that a browser shows it without an error."""
+
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from evaluation_wsdino import ProfileError
+from evaluation_wsdino.evaluate_profiles import evaluate_run
+from evaluation_wsdino.report import load_run, main, render_report, write_report
+from evaluation_wsdino.report_charts import bars, confusion_table, line_chart, scatter_map, thin, ticks
+
+EVIL = '<script>alert("x")</script>&\'"'
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+
+
+def make_run(folder, seed=0, source="simulated, seed 7", moas=("Actin disruptors", "DNA damage", "Eg5 inhibitors")):
+    """A finished run folder: 3 MOAs x 2 compounds x 2 doses in 2 weeks, two sets, logs and pictures."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for week in (1, 2):
+        for plate in (1, 2):
+            for site in range(1, 7):
+                rows.append((f"Week{week}_{plate}", "B02", site, "DMSO", 0.0, "DMSO", "DMSO", f"Week{week}"))
+            for m, moa in enumerate(moas):
+                compound = f"{moa}-{week}"
+                for d, dose in enumerate((0.1, 1.0)):
+                    for site in (1, 2):
+                        well = f"C{m}{d}"
+                        rows.append(
+                            (
+                                f"Week{week}_{plate}",
+                                well,
+                                site,
+                                compound,
+                                dose,
+                                f"{compound}_{dose:g}",
+                                moa,
+                                f"Week{week}",
+                            )
+                        )
+    names = ("Plate", "Well", "Site", "Compound", "Concentration", "Treatment", "MOA", "Batch")
+    metadata = pd.DataFrame(rows, columns=[f"Metadata_{name}" for name in names]).assign(Metadata_Source=source)
+    (folder / "profiles").mkdir(parents=True)
+    (folder / "pictures").mkdir()
+    for name, signal in (("trained", 3.0), ("untrained", 0.5)):
+        frame = metadata.copy()
+        for channel in ("dna", "actin"):
+            means = {moa: signal * rng.normal(size=5) for moa in moas} | {"DMSO": np.zeros(5)}
+            values = np.stack([means[moa] for moa in frame["Metadata_MOA"]]) + rng.normal(size=(len(frame), 5))
+            for index in range(5):
+                frame[f"{channel}_{index:04d}"] = values[:, index]
+        frame.to_parquet(folder / "profiles" / f"{name}.parquet")
+    for channel in ("dna", "actin"):
+        (folder / channel).mkdir()
+        with open(folder / channel / "metrics.jsonl", "w") as log:
+            for step in range(40):
+                line = {"step": step, "epoch": step / 10, "loss": 4 - step / 20, "lr": 1e-4, "teacher_entropy": 2.0}
+                line |= {"mean_entropy": 3.0, "kl": 0.4, "participation_ratio": 3.5, "images_per_second": 12.0}
+                log.write(json.dumps(line) + "\n")
+                if step % 10 == 9:
+                    log.write(
+                        json.dumps({"step": step, "epoch": step / 10, "nsc": 0.5, "nscb": 0.25 + step / 100}) + "\n"
+                    )
+        picture = rng.integers(0, 255, size=(40, 60), dtype=np.uint8)
+        Image.fromarray(picture).save(folder / "pictures" / f"attention_{channel}.png")
+        Image.fromarray(picture).save(folder / "pictures" / f"fields_{channel}.png")
+    (folder / "settings.json").write_text(json.dumps({"arguments": {"seed": seed, "out_dim": 64}, "git": "abc1234"}))
+    evaluate_run(folder, progress=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    return [make_run(root / "first"), make_run(root / "second", seed=1)]
+
+
+class Page(html.parser.HTMLParser):
+    """Texts, attributes and the stack of open elements; raises on a wrongly closed one."""
+
+    VOID = {"meta", "img", "br", "input", "line", "path", "rect", "circle", "polyline"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.texts, self.links, self.scripts = [], [], [], 0
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.scripts += tag == "script"
+        self.links += [(tag, key, value) for key, value in attributes if key in ("src", "href", "action", "srcset")]
+        assert not any(key.startswith("on") for key, _ in attributes)
+        if tag not in self.VOID or tag in ("line", "path", "rect", "circle", "polyline"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open[-1] == tag, f"</{tag}> inside {self.open[-3:]}"
+        self.open.pop()
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("script", "style"):
+            self.texts.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.texts).split())
+
+
+def test_the_page_says_what_results_json_holds(runs):
+    path = write_report([runs[0]])
+    assert path == runs[0] / "report.html" and not list(runs[0].glob("*.partial"))
+    page = Page(path.read_text())
+    results = json.loads((runs[0] / "results.json").read_text())
+    for name in ("trained", "untrained"):
+        for prefix in ("nsc", "nscb"):
+            scores = results["sets"][name]
+            words = f"{100 * scores[prefix]:.1f} % ({scores[f'{prefix}_correct']}/{scores[f'{prefix}_total']})"
+            assert words in page.text
+    for words in (
+        "SIMULATED DATA",
+        "best epoch chosen on test labels",
+        "healthy",
+        "Actin disruptors",
+        "abc1234",
+        "t-SNE",
+    ):
+        assert words in page.text
+    for treatment in results["sets"]["trained"]["treatments"]:
+        assert treatment in page.text
+    pictures = [value for tag, key, value in page.links if tag == "img" and value.startswith("data:image/png;base64,")]
+    assert len(pictures) == 4
+
+
+def test_the_page_asks_for_nothing_outside_itself(runs):
+    for folders in (runs[:1], runs):
+        text = render_report([load_run(folder, dataset=False) for folder in folders])
+        page = Page(text)
+        assert all(value.startswith(("#", "data:image/")) for _, _, value in page.links)
+        assert not re.search(r"https?://|@import|url\(", text)
+        anchors = {value[1:] for tag, _, value in page.links if tag == "a"}
+        assert anchors and all(re.search(rf'id="?{name}[">\s]', text) for name in anchors)
+        assert "default-src 'none'" in text
+
+
+def test_two_runs_are_compared(runs):
+    page = Page(render_report([load_run(folder, dataset=False) for folder in runs]))
+    assert "WS-DINO: first and second" in page.text
+    assert "second against first" in page.text
+    assert "all runs: mean ± SD" in page.text
+    for name in ("first: trained", "second: untrained", "first, NSC", "second, NSCB"):
+        assert name in page.text
+
+
+def test_every_label_is_escaped(tmp_path):
+    folder = make_run(
+        tmp_path / "a&<b>", moas=(EVIL, "x<img src=y onerror=z>", "DNA & damage"), source=f"simulated {EVIL}"
+    )
+    (folder / "settings.json").write_text(json.dumps({EVIL: EVIL, "arguments": {"name": "</script><b>"}}))
+    picture = folder / "pictures" / "attention_dna.png"
+    picture.rename(picture.with_name("attention_<b>bold.png"))
+    evaluate_run(folder, progress=False)
+    page = Page(write_report([folder]).read_text())
+    assert page.scripts == 1 and EVIL in page.text and "x<img src=y onerror=z>" in page.text
+    assert not any(value == "y" for _, _, value in page.links)
+
+
+def test_real_data_carry_no_banner(tmp_path):
+    page = Page(write_report([make_run(tmp_path / "real", source="BBBC021v1")]).read_text())
+    assert "SIMULATED" not in page.text and "simulated" not in page.text
+
+
+def test_a_run_without_logs_pictures_or_settings(tmp_path):
+    folder = make_run(tmp_path / "bare")
+    for name in ("dna", "actin", "pictures"):
+        shutil.rmtree(folder / name)
+    (folder / "settings.json").unlink()
+    evaluate_run(folder, progress=False)
+    page = Page(write_report([folder]).read_text())
+    assert "Did training go well" not in page.text and "What the network sees" not in page.text
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    folders = [make_run(tmp_path / place / "demo") for place in ("x", "y")]
+    output = write_report(folders, tmp_path / "both.html")
+    assert str(folders[1]) in Page(output.read_text()).text
+
+
+def test_thumbnails_from_a_built_dataset(runs, tiny_screen):
+    import datasets
+
+    table = datasets.load_dataset(str(tiny_screen), "annotated", split="train")
+    run = load_run(runs[0], dataset=tiny_screen)
+    assert set(run["thumbnails"]) == set(table["treatment"])
+    assert all(uri.startswith("data:image/jpeg;base64,") for uri in run["thumbnails"].values())
+    name = run["results"]["sets"]["trained"]["treatments"][0]
+    run["thumbnails"][name] = next(iter(run["thumbnails"].values()))
+    images = [value for tag, _, value in Page(render_report([run])).links if tag == "img"]
+    assert run["thumbnails"][name] in images
+
+
+def test_the_command_and_bad_input(runs, tmp_path, capsys):
+    main([str(runs[0]), "--output", str(tmp_path / "page.html"), "--no_thumbnails"])
+    assert "page.html" in capsys.readouterr().out
+
+    def error(*arguments):
+        with pytest.raises(SystemExit) as stopped:
+            main([str(argument) for argument in arguments])
+        assert stopped.value.code == 2
+        text = capsys.readouterr().err
+        assert text.count("\n") == 1 and text.startswith("wsdino-report: error: ")
+        return text
+
+    assert "is not a folder" in error(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    assert "run wsdino-evaluate" in error(tmp_path / "empty")
+    for content, words in (("{", "is not JSON"), ("[]", "not a result"), ('{"format": 99}', "not a result")):
+        (tmp_path / "empty" / "results.json").write_text(content)
+        assert words in error(tmp_path / "empty")
+    assert "--dataset /nowhere is not a folder" in error(runs[0], "--dataset", "/nowhere")
+    assert "No such file" in error(runs[0], "--output", tmp_path / "no" / "such" / "place.html", "--no_thumbnails")
+    with pytest.raises(ProfileError):
+        load_run(tmp_path / "absent")
+
+
+# ---------------------------------------------------------------- charts
+
+
+def test_ticks_are_round_and_span_the_values():
+    assert ticks(0, 10) == [0, 2, 4, 6, 8, 10]
+    assert ticks(0.13, 0.87) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    rng = np.random.default_rng(0)
+    for low, width in zip(rng.normal(size=200) * 1e3, 10 ** rng.uniform(-6, 6, size=200), strict=True):
+        marks = ticks(low, low + width)
+        assert marks[0] <= low + 1e-6 * width and marks[-1] >= low + width * (1 - 1e-6) and 3 <= len(marks) <= 9
+        assert np.allclose(np.diff(marks), marks[1] - marks[0])
+    assert len(ticks(3, 3)) >= 2 and len(ticks(0, 0)) >= 2
+
+
+def test_thinning_keeps_the_mean_and_drops_what_is_not_a_number():
+    xs, ys = list(range(1000)), list(np.random.default_rng(0).normal(size=1000))
+    points = thin(xs, ys, most=100)
+    assert len(points) == 100 and np.mean([y for _, y in points]) == pytest.approx(np.mean(ys))
+    assert thin([1, 2, 3], [1.0, float("nan"), None]) == [(1, 1.0)]
+
+
+def test_a_line_chart_places_points_by_a_plain_rule():
+    text = line_chart("t", [("a", [0, 10], [0.0, 1.0], "#000", "solid")], share=True)
+    points = re.search(r'points="([^"]+)"', text).group(1).split()
+    (x0, y0), (x1, y1) = [tuple(map(float, point.split(","))) for point in points]
+    assert (x0, y0) == (46.0, 176.0) and (x1, y1) == (350.0, 10.0)  # the corners of the plotting area
+    assert line_chart("t", [("a", [], [], "#000", "solid")]) == ""
+    assert "<circle" in line_chart("t", [("a", [1], [2.0], "#000", "solid")])
+
+
+def test_small_charts_are_well_formed():
+    Page(bars([("a<b", [(0.5, "1/2", "#000"), (None, "left out", "#111")])], [("x", "#000")]))
+    table = Page(confusion_table(["a", "b"], [[2, 1], [0, 0]], "c"))
+    assert "2" in table.texts and "1" in table.texts
+    point = {"x": 0.0, "y": 0.0, "label": "p", "moa": "a"}
+    Page(scatter_map([point], [("moa", "mechanism", ["a"])]))
+
+
+# ---------------------------------------------------------------- in a browser
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_shows_the_page_without_errors_and_without_sideways_scrolling(runs, tmp_path, width):
+    page = write_report(runs, tmp_path / "page.html", dataset=False)
+    # The probe stands in a frame of the wanted width, since a headless window has a least width of its own.
+    probe = tmp_path / "probe.html"
+    content = escape_attribute(page.read_text())
+    probe.write_text(
+        f'<iframe id=f style="width:{width}px;height:900px;border:0" srcdoc="{content}"></iframe>'
+        """<script>
+        var errors = [];
+        f.addEventListener("load", function () {
+          var d = f.contentDocument, w = f.contentWindow;
+          var button = d.querySelector('button[data-colour=batch]');
+          button.click();
+          var shown = d.querySelector('[data-layer=batch]').style.display !== "none" &&
+            d.querySelector('[data-layer=moa]').style.display === "none";
+          d.querySelector('.filter button[data-show=miss]').click();
+          var left = Array.from(d.querySelectorAll('#neighbours-0 tbody tr')).filter(r => !r.hidden);
+          var mark = d.querySelector('[data-layer=batch] .mark');
+          mark.dispatchEvent(new w.PointerEvent("pointermove", {bubbles: true, clientX: 5, clientY: 5}));
+          document.title = JSON.stringify({
+            wide: d.documentElement.scrollWidth, shown: shown, left: left.length,
+            missed: d.querySelectorAll('#neighbours-0 tbody tr[data-miss="1"]').length,
+            tip: d.getElementById("tip").textContent});
+          document.body.setAttribute("data-result", document.title);
+        });
+        </script>"""
+    )
+    profile = tmp_path / "browser"
+    flags = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+             "--disable-component-update --disable-sync --enable-logging=stderr --v=0").split()  # fmt: skip
+    done = subprocess.run(
+        [CHROMIUM, *flags, f"--user-data-dir={profile}", "--virtual-time-budget=5000", "--dump-dom", probe.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    result = json.loads(html.unescape(re.search(r'data-result="([^"]+)"', done.stdout).group(1)))
+    assert result["wide"] <= width
+    assert result["shown"] and result["left"] == result["missed"]
+    assert "Week" in result["tip"]
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert console == []
+
+
+def escape_attribute(text):
+    return text.replace("&", "&amp;").replace('"', "&quot;")
+
+
+def test_style_and_script_are_shipped():
+    folder = Path(__file__).parent.parent / "evaluation_wsdino"
+    setup = (folder.parent / "setup.cfg").read_text()
+    line = next(line for line in setup.splitlines() if line.startswith("evaluation_wsdino ="))
+    for name in ("report.css", "report.js"):
+        assert (folder / name).exists() and f"*{Path(name).suffix}" in line
