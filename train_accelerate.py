@@ -285,7 +285,7 @@ class ChannelRun:
         a = self.arguments
         student, teacher = self._network(a.drop_path_rate), self._network(0.0)
         if a.gradient_checkpointing:
-            student.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+            student.backbone.activation_checkpointing_enable()
         teacher.requires_grad_(False).eval()
         dim = student.backbone.config.hidden_size
         optimizer = torch.optim.AdamW(parameter_groups(student), lr=a.learning_rate, fused=True)
