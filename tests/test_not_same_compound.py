@@ -68,7 +68,7 @@ def screen():
 
 def similarity(a, b, metric):
     if metric == "euclidean":
-        return -sum((x - y) ** 2 for x, y in zip(a, b, strict=True)) ** 0.5
+        return -(sum((x - y) ** 2 for x, y in zip(a, b, strict=True)) ** 0.5)
     if metric == "correlation":
         a, b = [x - sum(a) / len(a) for x in a], [y - sum(b) / len(b) for y in b]
     dot = sum(x * y for x, y in zip(a, b, strict=True))
@@ -471,3 +471,58 @@ def test_blocks_do_not_change_the_answer(monkeypatch):
         monkeypatch.setattr(module, "_BLOCK_BYTES", 8 * 103 * 10)
         assert repr(not_same_compound(profiles, moas, compounds, batches, **options)) == repr(whole)
         monkeypatch.undo()
+
+
+# ---------------------------------------------------------------- the card, the page
+
+
+def test_the_examples_of_the_card_and_the_docstring(monkeypatch):
+    import doctest
+    import importlib
+
+    monkeypatch.chdir(FOLDER.parent.parent)
+    assert doctest.testfile(str(FOLDER / "README.md"), module_relative=False).failed == 0
+    module = importlib.import_module("evaluation_wsdino.not_same_compound.not_same_compound")
+    example = doctest.DocTestParser().get_doctest(module._INPUTS, {"evaluate": evaluate}, "inputs", None, 0)
+    assert example.examples and doctest.DocTestRunner().run(example).failed == 0
+
+
+def test_the_card_counts_candidates_as_the_metric_does():
+    text = (FOLDER / "README.md").read_text()
+    for rule, count in (("median", 86), ("joined", 89)):
+        line = next(line for line in text.splitlines() if line.startswith(f"| `{rule}`"))
+        assert f"{count} candidates" in line
+
+
+@pytest.fixture
+def app(monkeypatch):
+    import importlib.util
+
+    monkeypatch.syspath_prepend(str(FOLDER))
+    specification = importlib.util.spec_from_file_location("space_app", FOLDER / "app.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_the_page_scores_a_csv(app, tmp_path):
+    table = toy()
+    path = tmp_path / "screen.csv"
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["treatment", "moa", "compound", "batch", "f1", "f2"])
+        for row, (vector, *names) in enumerate(zip(*table.values(), strict=True)):
+            writer.writerow([f"t{row}", *names, *vector])
+    text, rows = app.score_file(path)
+    assert "NSC 100.0%" in text and "4 of 4" in text
+    assert rows[0] == [1, "x", "a", "b: x", "b: x"]
+    for header, message in (
+        ("treatment,moa,compound,f1\n", "no column batch"),
+        ("moa,compound,batch,f1\n", "no rows"),
+    ):
+        path.write_text(header)
+        with pytest.raises(ValueError, match=message):
+            app.score_file(path)
+    path.write_text("moa,compound,batch,name\nx,a,w,text\n")
+    with pytest.raises(ValueError, match="no column of numbers"):
+        app.score_file(path)
