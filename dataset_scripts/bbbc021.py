@@ -14,7 +14,7 @@ import datasets
 import pandas as pd
 
 from .illumination import illumination_function
-from .plates import Preprocessing, find_file, plate_levels, plate_rows, read_plane
+from .plates import Preprocessing, find_file, plate_levels, plate_rows, present_images, read_plane
 from .screen import PARTS, ScreenColumns, ScreenError, channel_pattern, read_screen
 
 CITATION = """\
@@ -74,6 +74,8 @@ class RawScreen:
         Build only these.
     source : str, optional
         Default: what `simulation.json` in `raw` says, else "BBBC021v1".
+    to_come : bool
+        The images are still to be downloaded: do not look for them yet.
     """
 
     raw: Path
@@ -84,6 +86,7 @@ class RawScreen:
     allow_missing: bool = False
     plates: list[str] | None = None
     source: str | None = None
+    to_come: bool = False
 
     def __post_init__(self):
         self.raw = Path(self.raw)
@@ -120,24 +123,11 @@ class RawScreen:
 
     def _find_files(self, table: pd.DataFrame) -> None:
         """Keep the fields that can be built, and know the size of an image."""
-        present = pd.DataFrame(
-            {c: [find_file(self.raw, file) is not None for file in table[f"{c}_file"]] for c in self.channels},
-            index=table.index,
-        )
-        self.images_absent = int((~present).to_numpy().sum())
-        self.images_named = present.size
-        self.fields_absent = int((~present.any(axis=1)).sum())
-        self.fields_incomplete = int((present.any(axis=1) & ~present.all(axis=1)).sum())
-        self.fields_named = len(table)
-        if self.images_absent and not self.allow_missing:
-            i = present.index[(~present.all(axis=1)).to_numpy()][0]
-            channel = next(c for c in self.channels if not present.loc[i, c])
-            name = table.loc[i, f"{channel}_file"] or f"(none named for {channel})"
-            raise ScreenError(
-                f"{name} (line {table.loc[i, 'row']} of {self.image_csv}) is not in {self.raw}; "
-                f"{self.images_absent} of {present.size} images are absent: give the folder that holds them, "
-                "or pass --allow_missing to build what is there"
-            )
+        self.fields_named, self.images_named = len(table), len(table) * len(self.channels)
+        self.fields, self.image_size = table.reset_index(drop=True), None
+        if self.to_come:
+            return
+        present = present_images(table, self.raw, self.channels, self.allow_missing, str(self.image_csv))
         self.fields = table[present.any(axis=1)].reset_index(drop=True)
         if self.fields.empty:
             raise ScreenError(f"{self.raw} holds none of the {present.size} images of {self.image_csv}: nothing to do")

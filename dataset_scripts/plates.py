@@ -64,6 +64,31 @@ def find_file(raw: Path, file: str) -> Path | None:
     return None
 
 
+def present_images(
+    fields: pd.DataFrame, raw: Path, channels: list[str], allow_missing: bool, table: str
+) -> pd.DataFrame:
+    """Which images of the fields lie under `raw`: one bool a field and channel.
+
+    Raises
+    ------
+    ScreenError
+        One is absent, unless `allow_missing`.
+    """
+    present = pd.DataFrame(
+        {c: [find_file(raw, file) is not None for file in fields[f"{c}_file"]] for c in channels}, index=fields.index
+    )
+    absent = int((~present).to_numpy().sum())
+    if absent and not allow_missing:
+        i = present.index[(~present.all(axis=1)).to_numpy()][0]
+        channel = next(c for c in channels if not present.loc[i, c])
+        name = fields.loc[i, f"{channel}_file"] or f"(none named for {channel})"
+        raise ScreenError(
+            f"{name} (line {fields.loc[i, 'row']} of {table}) is not in {raw}; {absent:,} of {present.size:,} images "
+            "are absent: give the folder that holds them, or pass --allow_missing to build what is there"
+        )
+    return present
+
+
 def read_plane(path: Path, bits: int = 16, size: tuple[int, int] | None = None, where: str = "") -> np.ndarray:
     """Read one grey image.
 

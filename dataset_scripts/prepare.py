@@ -14,22 +14,51 @@ import argparse
 import hashlib
 import json
 import os
-import queue
 import shutil
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from collections import deque
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from multiprocessing import get_context
 from pathlib import Path
 
+import pandas as pd
 from tqdm.auto import tqdm
 
+from .download import BBBC021_URL, TABLES, Downloader, archive_name, check_archive, extract_archive
 from .illumination import illumination_function
-from .plates import Preprocessing, encode_png, levels_digest, plate_levels, plate_rows
+from .plates import (
+    Preprocessing,
+    encode_png,
+    find_file,
+    levels_digest,
+    plate_levels,
+    plate_rows,
+    present_images,
+    read_plane,
+)
 from .screen import PARTS, ScreenColumns, ScreenError
 
 ROWS_A_GROUP = 32
 _TICKS = None  # in a worker process: the queue that counts images for the progress bar
+
+
+@dataclass(frozen=True)
+class PlateTask:
+    """All that a worker process needs to build one plate."""
+
+    plate: str
+    fields: pd.DataFrame
+    targets: dict[str, str]  # part -> shard
+    digest: str  # of the settings and the plate's rows of the table: what a finished plate must agree with
+    raw: Path
+    output: Path
+    channels: list[str]
+    preprocessing: Preprocessing
+    source: str
+    image_size: tuple[int, int] | None  # None: that of the plate's first image
+    allow_missing: bool
+    table: str  # name of the image table, for messages
 
 
 def build_dataset(
@@ -47,6 +76,10 @@ def build_dataset(
     bits: int = 16,
     plates: list[str] | None = None,
     source: str | None = None,
+    download: bool = False,
+    base_url: str = BBBC021_URL,
+    downloads: int = 3,
+    keep_raw: bool = False,
     workers: int | None = None,
     progress: bool = True,
 ) -> None:
@@ -55,7 +88,7 @@ def build_dataset(
     Parameters
     ----------
     raw : path
-        Folder of the raw images (and of the two tables, unless given).
+        Folder of the raw images (and of the two tables, unless given); with `download`, where they are fetched to.
     output : path
         Made if missing; a finished plate of the same build is kept, anything else in the folder is an error.
     image_csv, moa_csv : path, optional
@@ -70,6 +103,15 @@ def build_dataset(
         Build only these plates.
     source : str, optional
         Text of the column `source`; default "BBBC021v1", or what the simulator wrote.
+    download : bool
+        Fetch tables and plate archives first. A plate is fetched, built and its raw images deleted before many others
+        are fetched, so the disk holds a few raw plates at a time.
+    base_url : str
+        Folder of the tables and archives.
+    downloads : int
+        Archives fetched at a time.
+    keep_raw : bool
+        Keep the archives.
     workers : int, optional
         Processes; default: the cores this process may use.
     progress : bool
@@ -77,10 +119,18 @@ def build_dataset(
     Raises
     ------
     ScreenError
-        The tables, images or folders are not what they must be.
+        The tables, images, archives or folders are not what they must be.
     """
     from .bbbc021 import RawScreen
 
+    output, raw = Path(output), Path(raw)
+    downloader, fetched = None, 0
+    if download:
+        downloader = Downloader(base_url, raw)
+        for name in TABLES:
+            # The compound table is of no use here, and some copies of the screen lack it.
+            if name != "BBBC021_v1_compound.csv" or downloader.sizes([name])[name] is not None:
+                downloader.fetch(name)
     preprocessing = Preprocessing(illumination, filter_size, border, resize, bits=bits)
     screen = RawScreen(
         raw,
@@ -91,48 +141,70 @@ def build_dataset(
         allow_missing,
         plates,
         source,
+        to_come=download,
     )
-    output = Path(output)
-    recipe = {
-        "preprocessing": asdict(preprocessing),
-        "channels": screen.channels,
-        "source": screen.source,
-        "image_size": list(screen.image_size),
-    }
+    recipe = {"preprocessing": asdict(preprocessing), "channels": screen.channels, "source": screen.source}
     work = output / ".build"
-    _open_output(output, work, recipe)
-
-    names = screen.plate_names()
-    shards = {part: [] for part in PARTS}
-    for plate in names:
-        for part in screen.plate_fields(plate)["part"].unique():
-            shards[part].append(plate)
-    tasks = []
-    for plate in names:
-        fields = screen.plate_fields(plate)
-        targets = {
-            part: f"data/{part}/train-{plates.index(plate):05d}-of-{len(plates):05d}.parquet"
-            for part, plates in shards.items()
-            if plate in plates
-        }
-        digest = hashlib.sha256(json.dumps([recipe, targets]).encode() + fields.to_csv().encode()).hexdigest()
-        tasks.append((plate, fields, targets, digest, screen, str(output)))
-    todo = [task for task in tasks if not _plate_done(work, *task[:4], output)]
+    _open_output(output, work, recipe, screen.plate_names())
+    tasks = _plate_tasks(screen, output, recipe)
+    todo = [task for task in tasks if not _plate_done(task)]
     if progress and len(todo) < len(tasks):
         print(f"{len(tasks) - len(todo)} of {len(tasks)} plates are built already")
-    passes = 2 if preprocessing.illumination else 1
-    total = passes * len(screen.channels) * sum(len(task[1]) for task in todo)
-    _run(todo, workers, progress, total)
+    if downloader is not None:
+        todo, absent, fetched = _check_archives(
+            downloader, todo, allow_missing, keep_raw, workers, downloads, progress
+        )
+        tasks = [task for task in tasks if task.plate not in absent]
+        if not tasks:
+            raise ScreenError(f"{base_url} has none of the plates asked for: check --plates and --base_url")
+    received = tqdm(total=fetched, desc="fetching", unit="B", unit_scale=True, disable=not (progress and fetched))
+    if downloader is not None:
+        downloader.tick = received.update
+    with received:
+        _run(todo, workers, progress, downloader, downloads, keep_raw)
 
-    records = [json.loads((work / f"{task[0]}.json").read_text()) for task in tasks]
+    records = [json.loads(_record_of(task).read_text()) for task in tasks]
+    sizes = {tuple(record["image_size"]): record["plate"] for record in records}
+    if len(sizes) > 1:
+        (one, here), (two, there) = list(sizes.items())[:2]
+        raise ScreenError(
+            f"images of plate {here} are {one[1]} x {one[0]} pixels and those of {there} {two[1]} x {two[0]}: "
+            "build screens of different image sizes apart"
+        )
+    _number_shards(output, records)
     _remove_strangers(output, records)
-    _write_summary(output, screen, recipe, records, shards)
+    counts = _write_summary(output, screen, recipe, records)
     shutil.rmtree(work)
     if progress:
-        _report(output, screen, records)
+        _report(output, screen, records, counts)
 
 
-def _open_output(output: Path, work: Path, recipe: dict) -> None:
+def _plate_tasks(screen, output: Path, recipe: dict) -> list[PlateTask]:
+    tasks = []
+    for plate in screen.plate_names():
+        fields = screen.plate_fields(plate)
+        digest = hashlib.sha256(json.dumps(recipe).encode() + fields.to_csv().encode()).hexdigest()
+        targets = {part: f"data/{part}/{plate}.parquet" for part in PARTS if (fields["part"] == part).any()}
+        tasks.append(
+            PlateTask(
+                plate,
+                fields,
+                targets,
+                digest,
+                screen.raw,
+                output,
+                screen.channels,
+                screen.preprocessing,
+                screen.source,
+                screen.image_size,
+                screen.allow_missing,
+                str(screen.image_csv),
+            )
+        )
+    return tasks
+
+
+def _open_output(output: Path, work: Path, recipe: dict, plates: list[str]) -> None:
     """Accept a new folder, one of an interrupted build, or a finished dataset that this program wrote."""
     if output.exists() and not output.is_dir():
         raise ScreenError(f"{output} is a file: give a folder for the dataset")
@@ -150,16 +222,27 @@ def _open_output(output: Path, work: Path, recipe: dict) -> None:
         for record in before["plates"]:
             _write_json(work / f"{record['plate']}.json", record)
     work.mkdir(parents=True, exist_ok=True)
+    others = sorted({path.stem for path in work.glob("*.json")} - set(plates))
+    if others:
+        raise ScreenError(
+            f"{output} holds plate {others[0]}, which is not among the plates to build now: name it too (--plates), "
+            "or choose another folder"
+        )
 
 
-def _plate_done(work: Path, plate: str, fields, targets: dict, digest: str, output: Path) -> bool:
-    record = work / f"{plate}.json"
-    if not record.is_file():
+def _record_of(task: PlateTask) -> Path:
+    return task.output / ".build" / f"{task.plate}.json"
+
+
+def _plate_done(task: PlateTask) -> bool:
+    """A plate is done if its record fits the present settings and its files are whole."""
+    if not _record_of(task).is_file():
         return False
-    known = json.loads(record.read_text())
-    files = known["shards"] + [function["file"] for function in known["functions"].values()]
-    return known["digest"] == digest and all(
-        (output / file["path"]).is_file() and (output / file["path"]).stat().st_size == file["bytes"] for file in files
+    known = json.loads(_record_of(task).read_text())
+    files = [*known["shards"].values(), *(function["file"] for function in known["functions"].values())]
+    return known["digest"] == task.digest and all(
+        (task.output / file["path"]).is_file() and (task.output / file["path"]).stat().st_size == file["bytes"]
+        for file in files
     )
 
 
@@ -178,58 +261,88 @@ def _file_record(output: Path, name: str) -> dict:
     return {"path": name, "bytes": content.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def _build_plate(task) -> None:
+def _build_plate(task: PlateTask) -> None:
     """Both passes of one plate; its record is written last."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     from .bbbc021 import screen_features
 
-    plate, fields, targets, digest, screen, output = task
-    output = Path(output)
+    present = present_images(task.fields, task.raw, task.channels, task.allow_missing, task.table)
+    fields = task.fields[present.any(axis=1)]
+    if fields.empty:
+        raise ScreenError(f"{task.raw} holds no image of plate {task.plate}: take it out of --plates")
+    size = task.image_size
+    if size is None:
+        first = fields.iloc[0]
+        path = next(p for c in task.channels if (p := find_file(task.raw, first[f"{c}_file"])) is not None)
+        size = read_plane(path, task.preprocessing.bits).shape
     levels = {}
-    if screen.preprocessing.illumination:
-        levels = plate_levels(fields, screen.raw, screen.channels, screen.preprocessing, screen.image_size, _tick)
+    if task.preprocessing.illumination:
+        levels = plate_levels(fields, task.raw, task.channels, task.preprocessing, size, _tick)
     saved = {}
     for channel, level in levels.items():
-        name = f"illumination/{plate}_{channel}.png"
-        _write_bytes(output / name, encode_png(level))
-        saved[channel] = {"file": _file_record(output, name), "sha256": levels_digest(level)}
+        name = f"illumination/{task.plate}_{channel}.png"
+        _write_bytes(task.output / name, encode_png(level))
+        saved[channel] = {"file": _file_record(task.output, name), "sha256": levels_digest(level)}
     functions = {channel: illumination_function(level) for channel, level in levels.items()}
 
-    schema = screen_features(screen.channels).arrow_schema
-    shards = []
-    rows_written = {}
-    for part, name in targets.items():
-        path = output / name
+    schema = screen_features(task.channels).arrow_schema
+    shards, rows_written = {}, {}
+    for part, name in task.targets.items():
+        chosen = fields[fields["part"] == part]
+        if chosen.empty:
+            continue
+        path = task.output / name
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
-        rows, count = [], 0
+        rows = []
         with pq.ParquetWriter(partial, schema, compression="snappy") as writer:
-            chosen = fields[fields["part"] == part]
-            for row in plate_rows(
-                chosen,
-                screen.raw,
-                screen.channels,
-                screen.preprocessing,
-                functions,
-                screen.image_size,
-                screen.source,
-            ):
+            for row in plate_rows(chosen, task.raw, task.channels, task.preprocessing, functions, size, task.source):
                 rows.append(row)
-                count += 1
-                for _ in screen.channels:
-                    _tick()
+                _tick(len(task.channels))
                 if len(rows) == ROWS_A_GROUP:
                     writer.write_table(pa.Table.from_pylist(rows, schema=schema))
                     rows = []
             if rows:
                 writer.write_table(pa.Table.from_pylist(rows, schema=schema))
         os.replace(partial, path)
-        shards.append(_file_record(output, name))
-        rows_written[part] = count
-    record = {"plate": plate, "digest": digest, "rows": rows_written, "shards": shards, "functions": saved}
-    _write_json(output / ".build" / f"{plate}.json", record)
+        shards[part] = _file_record(task.output, name)
+        rows_written[part] = len(chosen)
+    record = {
+        "plate": task.plate,
+        "digest": task.digest,
+        "image_size": [int(side) for side in size],
+        "rows": rows_written,
+        "images_absent": int((~present).to_numpy().sum()),
+        "fields_absent": int((~present.any(axis=1)).sum()),
+        "fields_incomplete": int((present.any(axis=1) & ~present.all(axis=1)).sum()),
+        "shards": shards,
+        "functions": saved,
+    }
+    _write_json(_record_of(task), record)
+
+
+def _number_shards(output: Path, records: list[dict]) -> None:
+    """Give the plates' shards their final names, `train-0000i-of-0000n`: only now is it known how many there are."""
+    for part in PARTS:
+        members = [record for record in records if part in record["shards"]]
+        for i, record in enumerate(members):
+            shard = record["shards"][part]
+            name = f"data/{part}/train-{i:05d}-of-{len(members):05d}.parquet"
+            if shard["path"] != name:
+                # By way of the plate's own name, so that renumbering cannot overwrite another plate's shard.
+                own = f"data/{part}/{record['plate']}.parquet"
+                os.replace(output / shard["path"], output / own)
+                shard["path"] = own
+                _write_json(output / ".build" / f"{record['plate']}.json", record)
+        for i, record in enumerate(members):
+            shard = record["shards"][part]
+            name = f"data/{part}/train-{i:05d}-of-{len(members):05d}.parquet"
+            if shard["path"] != name:
+                os.replace(output / shard["path"], output / name)
+                shard["path"] = name
+                _write_json(output / ".build" / f"{record['plate']}.json", record)
 
 
 def _write_bytes(path: Path, content: bytes) -> None:
@@ -239,9 +352,9 @@ def _write_bytes(path: Path, content: bytes) -> None:
     os.replace(partial, path)
 
 
-def _tick() -> None:
+def _tick(count: int = 1) -> None:
     if _TICKS is not None:
-        _TICKS.put(1)
+        _TICKS.put(count)
 
 
 def _share_ticks(ticks) -> None:
@@ -249,56 +362,153 @@ def _share_ticks(ticks) -> None:
     _TICKS = ticks
 
 
-def _run(tasks, workers, progress, total) -> None:
-    """Build plates in processes, with a progress bar of images."""
-    global _TICKS
-    if workers is None:
-        # Starting processes costs more than building a small screen.
-        pixels = sum(len(task[1]) * task[4].image_size[0] * task[4].image_size[1] for task in tasks)
-        workers = len(os.sched_getaffinity(0)) if pixels > 2e7 else 1
-    workers = min(workers, len(tasks))
-    bar = tqdm(total=total, desc="preparing planes", unit="plane", disable=not progress, mininterval=0.5)
-    if workers <= 1:
+class _Here:
+    """Runs a task in this process: starting others costs more than building a small screen."""
 
-        class Direct:
-            put = staticmethod(bar.update)
+    def __init__(self, bar):
+        self.put = bar.update
 
-        _TICKS = Direct
+    def submit(self, function, *arguments) -> Future:
+        future = Future()
         try:
-            for task in tasks:
-                _build_plate(task)
+            _share_ticks(self)
+            future.set_result(function(*arguments))
+        except Exception as error:
+            future.set_exception(error)
         finally:
-            _TICKS = None
+            _share_ticks(None)
+        return future
+
+    def shutdown(self, **_) -> None:
+        pass
+
+
+def _run(tasks, workers, progress, downloader=None, downloads=1, keep_raw=False) -> None:
+    """Build plates in processes, with a progress bar of images; fetch each plate first, if there is a downloader."""
+    if not tasks:
+        return
+    images = sum(len(task.fields) * len(task.channels) for task in tasks)
+    workers = _worker_count(workers, tasks)
+    total = images * (2 if tasks[0].preprocessing.illumination else 1)
+    bar = tqdm(
+        total=total,
+        desc="preparing planes",
+        unit="plane",
+        position=0 if downloader is None else 1,
+        disable=not progress,
+        mininterval=0.5,
+    )
+    if workers == 1:
+        pool, ticks, threads = _Here(bar), None, {}
     else:
         # One process a plate is enough; a BLAS that starts threads in every one of them costs fourfold.
         threads = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
         os.environ.update(dict.fromkeys(threads, "1"))
         context = get_context("spawn")
         ticks = context.Queue()
-        with ProcessPoolExecutor(workers, mp_context=context, initializer=_share_ticks, initargs=(ticks,)) as pool:
-            pending = {pool.submit(_build_plate, task) for task in tasks}
-            try:
-                while pending:
-                    try:
-                        bar.update(ticks.get(timeout=0.2))
-                    except queue.Empty:
-                        pass
-                    done = {future for future in pending if future.done()}
-                    for future in done:
-                        future.result()
-                    pending -= done
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-            finally:
-                for name, value in threads.items():
-                    os.environ.pop(name) if value is None else os.environ.update({name: value})
-    bar.close()
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_share_ticks, initargs=(ticks,))
+    fetchers = ThreadPoolExecutor(max(downloads, 1))
+    waiting, fetching, building, failures = deque(tasks), {}, {}, []
+    try:
+        while waiting or fetching or building:
+            while waiting and (downloader is None or len(fetching) + len(building) < workers + downloads):
+                task = waiting.popleft()
+                if downloader is None:
+                    building[pool.submit(_build_plate, task)] = task
+                else:
+                    fetching[fetchers.submit(_fetch_plate, downloader, task.plate)] = task
+            wait([*fetching, *building], timeout=0.2, return_when=FIRST_COMPLETED)
+            while ticks is not None and not ticks.empty():
+                bar.update(ticks.get())
+            for future in [future for future in fetching if future.done()]:
+                task = fetching.pop(future)
+                if error := future.exception():
+                    if not isinstance(error, ScreenError):
+                        raise error
+                    failures.append(error)
+                    continue
+                building[pool.submit(_build_plate, replace(task, raw=future.result()))] = task
+            for future in [future for future in building if future.done()]:
+                task = building.pop(future)
+                if error := future.exception():
+                    if downloader is None or not isinstance(error, ScreenError):
+                        raise error
+                    failures.append(error)
+                if downloader is not None:
+                    shutil.rmtree(downloader.folder / "plates" / task.plate, ignore_errors=True)
+                    if not keep_raw and not error:
+                        (downloader.folder / archive_name(task.plate)).unlink(missing_ok=True)
+    except BaseException:
+        for future in [*fetching, *building]:
+            future.cancel()
+        raise
+    finally:
+        if downloader is not None:
+            downloader.stopped.set()
+        fetchers.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown(wait=True, cancel_futures=True)
+        for name, value in threads.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        bar.close()
+    if failures:
+        more = f" ({len(failures) - 1} more plates failed)" if len(failures) > 1 else ""
+        raise ScreenError(f"{failures[0]}{more}; the plates that are built are kept")
+
+
+def _worker_count(workers: int | None, tasks: list[PlateTask]) -> int:
+    if workers is None:
+        rows, columns = tasks[0].image_size or (1024, 1280)
+        pixels = sum(len(task.fields) for task in tasks) * rows * columns
+        workers = len(os.sched_getaffinity(0)) if pixels > 2e7 else 1
+    return max(1, min(workers, len(tasks)))
+
+
+def _fetch_plate(downloader: Downloader, plate: str) -> Path:
+    """Fetch, check and unpack one plate; returns the folder of its images."""
+    archive = downloader.fetch(archive_name(plate), check_archive)
+    folder = downloader.folder / "plates" / plate
+    extract_archive(archive, folder)
+    return folder
+
+
+def _check_archives(downloader, tasks, allow_missing, keep_raw, workers, downloads, progress):
+    """Ask for every archive's size, say what is needed, and leave out plates that the server lacks."""
+    names = {task.plate: archive_name(task.plate) for task in tasks}
+    sizes = downloader.sizes(list(names.values()))
+    absent = {plate for plate, name in names.items() if sizes[name] is None}
+    if absent and not allow_missing:
+        first = sorted(absent)[0]
+        raise ScreenError(
+            f"{downloader.base_url}{names[first]} does not exist ({len(absent)} of {len(names)} plates are absent): "
+            "check --plates and --base_url, or pass --allow_missing to go on without"
+        )
+    todo = [task for task in tasks if task.plate not in absent]
+    if not todo:
+        return todo, absent, 0
+    largest = max(sizes[names[task.plate]] for task in todo)
+    fetched = sum(sizes[names[task.plate]] for task in todo)
+    at_once = min(_worker_count(workers, todo) + downloads, len(todo))
+    # A guess on the safe side: unpacked TIFFs take twice their archive, and the halved, compressed planes of the
+    # dataset less than half of it.
+    needed = int(at_once * largest * 3 + fetched * 0.5 + (fetched if keep_raw else 0))
+    free = shutil.disk_usage(downloader.folder).free
+    if progress:
+        print(
+            f"{len(todo)} plates to fetch from {downloader.base_url}: {fetched / 1e9:,.2f} GB; disk space needed "
+            f"about {needed / 1e9:,.2f} GB ({at_once} raw plates at a time), free {free / 1e9:,.2f} GB"
+            + (f"; {len(absent)} plates are absent there" if absent else "")
+        )
+    if needed > free:
+        raise ScreenError(
+            f"{downloader.folder} has {free / 1e9:,.2f} GB free and about {needed / 1e9:,.2f} GB are needed: "
+            "free some, give another folder, or fetch fewer plates at a time (--plates, --downloads, --workers)"
+        )
+    return todo, absent, fetched
 
 
 def _remove_strangers(output: Path, records: list[dict]) -> None:
-    """Drop shards and functions of an earlier, different plate list of the same build."""
-    kept = {file["path"] for record in records for file in record["shards"]}
+    """Drop what an interrupted build left half-written."""
+    kept = {file["path"] for record in records for file in record["shards"].values()}
     kept |= {function["file"]["path"] for record in records for function in record["functions"].values()}
     for folder in ("data", "illumination"):
         for path in sorted((output / folder).rglob("*")) if (output / folder).is_dir() else ():
@@ -306,7 +516,7 @@ def _remove_strangers(output: Path, records: list[dict]) -> None:
                 path.unlink()
 
 
-def _write_summary(output: Path, screen, recipe: dict, records: list[dict], shards: dict) -> None:
+def _write_summary(output: Path, screen, recipe: dict, records: list[dict]) -> dict:
     """`build.json` (what was made from what, with hashes) and the dataset card."""
     import datasets
     from datasets.utils.metadata import MetadataConfigs
@@ -317,8 +527,7 @@ def _write_summary(output: Path, screen, recipe: dict, records: list[dict], shar
     features = screen_features(screen.channels)
     rows = {part: sum(record["rows"].get(part, 0) for record in records) for part in PARTS}
     sizes = {
-        part: sum(f["bytes"] for r in records for f in r["shards"] if f["path"].startswith(f"data/{part}/"))
-        for part in PARTS
+        part: sum(record["shards"][part]["bytes"] for record in records if part in record["shards"]) for part in PARTS
     }
     configs, infos = {}, {}
     parts = [part for part in PARTS if rows[part]]
@@ -341,7 +550,8 @@ def _write_summary(output: Path, screen, recipe: dict, records: list[dict], shar
     datasets.info.DatasetInfosDict(infos).to_dataset_card_data(data)
     MetadataConfigs(configs).to_dataset_card_data(data)
 
-    labels = screen.fields
+    built = {record["plate"] for record in records}
+    labels = screen.fields[screen.fields["plate"].isin(built)]
     counts = {
         "fields": {**rows, "all": sum(rows.values())},
         "treatments": int(labels.loc[labels["part"] == "annotated", "treatment"].nunique()),
@@ -350,8 +560,8 @@ def _write_summary(output: Path, screen, recipe: dict, records: list[dict], shar
         "plates": int(labels["plate"].nunique()),
         "batches": int(labels["batch"].nunique()),
         "fields_named": screen.fields_named,
-        "fields_absent": screen.fields_absent,
-        "fields_incomplete": screen.fields_incomplete,
+        "fields_absent": screen.fields_named - sum(rows.values()),
+        "fields_incomplete": sum(record["fields_incomplete"] for record in records),
     }
     template = resources.files("dataset_scripts").joinpath("dataset_card.md").read_text()
     table = "\n".join(f"| {part} | {rows[part]:,} |" for part in PARTS)
@@ -364,15 +574,16 @@ def _write_summary(output: Path, screen, recipe: dict, records: list[dict], shar
     )
     _write_bytes(output / "README.md", f"---\n{data.to_yaml()}\n---\n\n{card}".encode())
     _write_json(output / "build.json", {"recipe": recipe, "counts": counts, "plates": records})
+    return counts
 
 
-def _report(output: Path, screen, records) -> None:
-    rows = {part: sum(record["rows"].get(part, 0) for record in records) for part in PARTS}
+def _report(output: Path, screen, records, counts) -> None:
+    rows = {part: counts["fields"][part] for part in PARTS}
     print(f"{output}: " + ", ".join(f"{count:,} {part}" for part, count in rows.items()) + " fields")
-    if screen.images_absent:
+    if counts["fields_absent"] or counts["fields_incomplete"]:
         print(
-            f"of the {screen.fields_named:,} fields in {screen.image_csv}, {screen.fields_absent:,} are absent and "
-            f"{screen.fields_incomplete:,} lack a channel (null image)"
+            f"of the {counts['fields_named']:,} fields in {screen.image_csv}, {counts['fields_absent']:,} are absent "
+            f"and {counts['fields_incomplete']:,} lack a channel (null image)"
         )
     uncorrected = [
         f"{record['plate']} {channel}"
@@ -407,6 +618,11 @@ def main(argv=None) -> None:
     parser.add_argument("--resize", type=float, default=0.5, help="factor of both sides (default: %(default)s)")
     parser.add_argument("--bits", type=int, default=16, choices=(8, 16), help="of the raw images (default: 16)")
     parser.add_argument("--plates", help="build only these, separated by commas")
+    parser.add_argument("--download", action="store_true", help="fetch the tables and plate archives to --raw first")
+    parser.add_argument("--base_url", default=BBBC021_URL, help="folder of the archives (default: %(default)s)")
+    parser.add_argument("--downloads", type=int, default=3, help="archives fetched at a time (default: %(default)s)")
+    parser.add_argument("--keep_raw", action="store_true", help="keep the fetched archives")
+    parser.add_argument("--source", help="text of the column `source` (default: BBBC021v1, or the simulation's)")
     parser.add_argument("--workers", type=int, help="processes (default: all cores)")
     args = parser.parse_args(argv)
     try:
@@ -422,6 +638,11 @@ def main(argv=None) -> None:
             resize=args.resize,
             bits=args.bits,
             plates=[name for name in args.plates.split(",") if name] if args.plates else None,
+            source=args.source,
+            download=args.download,
+            base_url=args.base_url,
+            downloads=args.downloads,
+            keep_raw=args.keep_raw,
             workers=args.workers,
         )
     except (ScreenError, OSError) as error:

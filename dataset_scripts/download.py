@@ -1,0 +1,254 @@
+"""Fetches plate archives and tables over HTTP: in parallel, resumable, verified by size, CRC and a manifest of hashes.
+
+The layout is that of the public BBBC021 v1: the three tables beside one zip a plate,
+`BBBC021_v1_images_<plate>.zip`. A broken connection goes on where it stopped (HTTP Range) where the server allows
+it, and starts again where it does not; a truncated or corrupted archive is fetched anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import os
+import shutil
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+
+from .screen import ScreenError
+
+BBBC021_URL = "https://data.broadinstitute.org/bbbc/BBBC021/"
+TABLES = ("BBBC021_v1_image.csv", "BBBC021_v1_moa.csv", "BBBC021_v1_compound.csv")
+BLOCK = 1 << 20
+
+
+class _Gone(Exception):
+    """The server answers, and has no such file."""
+
+
+class Downloader:
+    """Fetches files of one base URL into one folder.
+
+    Parameters
+    ----------
+    base_url : str
+        Folder of the tables and archives.
+    folder : path
+        Where they go; holds `archives.json`, the hashes of everything first fetched.
+    attempts : int
+        Times a file is tried before giving up.
+    pause : float
+        Seconds before the second attempt, doubled each time.
+    timeout : float
+        Seconds without a byte after which a connection counts as broken.
+    tick : callable
+        Called with the number of bytes received (negative when a file starts again).
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        folder,
+        attempts: int = 6,
+        pause: float = 1.0,
+        timeout: float = 60.0,
+        tick: Callable[[int], None] = lambda count: None,
+    ):
+        if urllib.parse.urlparse(base_url).scheme not in ("http", "https"):
+            raise ScreenError(f"--base_url {base_url!r} is not a http(s) address: give the folder's address")
+        self.base_url = base_url.rstrip("/") + "/"
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.attempts, self.pause, self.timeout, self.tick = attempts, pause, timeout, tick
+        self.stopped = threading.Event()
+        self._lock = threading.Lock()
+        self._begun: set[str] = set()
+        self._manifest = self.folder / "archives.json"
+
+    def sizes(self, names: list[str]) -> dict[str, int | None]:
+        """Bytes of each file on the server, None for a file that it does not have."""
+        with ThreadPoolExecutor(8) as pool:
+            return dict(zip(names, pool.map(self._size, names), strict=True))
+
+    def fetch(self, name: str, check: Callable[[Path], None] = lambda path: None) -> Path:
+        """Fetch one file unless a copy that agrees with the manifest is there.
+
+        Parameters
+        ----------
+        name : str
+            Of the file, under the base URL.
+        check : callable
+            Raises `ValueError` or `zipfile.BadZipFile` for bad content, which is then fetched again.
+        """
+        target = self.folder / name
+        if target.is_file():
+            if self.known(name) == _digest(target):
+                return target
+            target.unlink()
+        problem = "no answer"
+        for attempt in range(self.attempts):
+            if attempt:
+                self.stopped.wait(self.pause * 2 ** (attempt - 1))
+            if self.stopped.is_set():
+                raise ScreenError(f"{name}: stopped")
+            try:
+                partial = self._receive(name)
+            except _Gone as error:
+                raise ScreenError(
+                    f"{self.base_url}{name} does not exist ({error}): check the plate's name and --base_url, "
+                    "or pass --allow_missing to go on without it"
+                ) from error
+            except (OSError, http.client.HTTPException) as error:
+                problem = str(error) or type(error).__name__
+                continue
+            try:
+                check(partial)
+            except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+                if isinstance(error, ScreenError):
+                    partial.unlink()
+                    raise
+                problem = f"its content is truncated or corrupted: {error}"
+                self.tick(-partial.stat().st_size)
+                partial.unlink()
+                continue
+            digest = _digest(partial)
+            if self.known(name) not in (None, digest):
+                partial.unlink()
+                raise ScreenError(
+                    f"{self.base_url}{name} differs from the copy first fetched (see {self._manifest}): "
+                    f"find out which is right, and take {name} out of that file to accept the new one"
+                )
+            self._remember(name, digest)
+            os.replace(partial, target)
+            return target
+        raise ScreenError(
+            f"{self.base_url}{name} could not be fetched in {self.attempts} attempts ({problem}): run the command "
+            "again to go on where it stopped"
+        )
+
+    def known(self, name: str) -> dict | None:
+        """Size and sha256 of a file as first fetched."""
+        with self._lock:
+            return json.loads(self._manifest.read_text()).get(name) if self._manifest.is_file() else None
+
+    def _remember(self, name: str, digest: dict) -> None:
+        with self._lock:
+            manifest = json.loads(self._manifest.read_text()) if self._manifest.is_file() else {}
+            manifest[name] = digest
+            partial = self._manifest.with_name(self._manifest.name + ".partial")
+            partial.write_text(json.dumps(manifest, indent=1, sort_keys=True))
+            os.replace(partial, self._manifest)
+
+    def _open(self, name: str, method: str = "GET", start: int = 0):
+        headers = {"User-Agent": "wsdino", "Accept-Encoding": "identity"}
+        if start:
+            headers["Range"] = f"bytes={start}-"
+        request = urllib.request.Request(self.base_url + urllib.parse.quote(name), headers=headers, method=method)
+        try:
+            return urllib.request.urlopen(request, timeout=self.timeout)
+        except urllib.error.HTTPError as error:
+            error.close()
+            if error.code in (403, 404, 410):
+                raise _Gone(f"HTTP {error.code}") from error
+            raise
+
+    def _size(self, name: str) -> int | None:
+        for attempt in range(self.attempts):
+            try:
+                with self._open(name, "HEAD") as answer:
+                    return int(answer.headers.get("Content-Length") or 0)
+            except _Gone:
+                return None
+            except (OSError, http.client.HTTPException) as error:
+                problem = error
+                time.sleep(0 if attempt + 1 == self.attempts else self.pause * 2**attempt)
+        raise ScreenError(f"{self.base_url} does not answer ({problem}): check the address and the network")
+
+    def _receive(self, name: str) -> Path:
+        """One attempt: goes on from `<name>.partial`; returns it when its length is what the server says."""
+        partial = self.folder / f"{name}.partial"
+        start = partial.stat().st_size if partial.is_file() else 0
+        if name not in self._begun:
+            self._begun.add(name)
+            self.tick(start)  # received by an earlier run
+        try:
+            answer = self._open(name, start=start)
+        except urllib.error.HTTPError as error:
+            if error.code != 416:  # nothing left to send, or a partial file longer than the file
+                raise
+            total = (error.headers.get("Content-Range") or "").rpartition("/")[2]
+            if total == str(start):
+                return partial
+            partial.unlink()
+            self.tick(-start)
+            raise OSError("the partial copy was longer than the file") from error
+        with answer:
+            length = answer.headers.get("Content-Length")
+            if start and answer.status != 206:  # Range ignored: the whole file comes
+                self.tick(-start)
+                start = 0
+            total = None if length is None else start + int(length)
+            received = start
+            with open(partial, "ab" if start else "wb") as file:
+                while block := answer.read(BLOCK):
+                    if self.stopped.is_set():
+                        raise OSError("stopped")
+                    file.write(block)
+                    received += len(block)
+                    self.tick(len(block))
+        if total is not None and received != total:
+            raise OSError(f"the connection broke after {received:,} of {total:,} bytes")
+        return partial
+
+
+def archive_name(plate: str) -> str:
+    """Name of a plate's archive in the public layout."""
+    return f"BBBC021_v1_images_{plate}.zip"
+
+
+def check_archive(path: Path) -> None:
+    """Raise `zipfile.BadZipFile` for a damaged archive (every member's CRC), `ScreenError` for unsafe paths in it."""
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            _check_member(path, member.filename)
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(f"{damaged} has a wrong CRC")
+
+
+def extract_archive(path: Path, folder: Path) -> None:
+    """Unpack the images of an archive into `folder`, flat: complete, or not at all."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.mkdir(parents=True)
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            name = _check_member(path, member.filename).name
+            if member.is_dir() or not name.lower().endswith((".tif", ".tiff", ".png")):
+                continue
+            with archive.open(member) as source, open(partial / name, "xb") as target:
+                shutil.copyfileobj(source, target, BLOCK)
+    os.replace(partial, folder)
+
+
+def _check_member(path: Path, name: str) -> PurePosixPath:
+    inside = PurePosixPath(name.replace("\\", "/"))
+    if inside.is_absolute() or ".." in inside.parts or ":" in inside.parts[0]:
+        raise ScreenError(f"{path} holds the path {name!r}, which leads out of its folder: do not use this archive")
+    return inside
+
+
+def _digest(path: Path) -> dict:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(4 * BLOCK):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
