@@ -12,10 +12,6 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 LAUNCH := $(BIN)/accelerate launch --quiet --num_machines 1 --mixed_precision no --dynamo_backend no
 
-# glibc gives freed memory back to the system and takes fresh pages at the next step, which costs more than the memory
-# is worth while training on a CPU; these keep it. Other systems ignore the variable.
-KEEP_MEMORY := GLIBC_TUNABLES=glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=34359738368
-
 .PHONY: setup demo test test-fast lint clean-demo
 
 setup: $(READY)
@@ -33,7 +29,7 @@ $(READY): setup.cfg pyproject.toml
 
 demo: $(READY)
 	@echo "1/4 Training: simulates a small screen if there is none, then one network a channel."
-	@$(KEEP_MEMORY) $(LAUNCH) train_accelerate.py --preset demo --resume
+	@$(LAUNCH) train_accelerate.py --preset demo --resume
 	@echo "2/4 Profiles of every field, by the trained and an untrained network and by intensity statistics."
 	@$(BIN)/wsdino-extract runs/demo
 	@echo "3/4 Evaluation."

@@ -30,8 +30,8 @@ from modeling_wsdino import (
     WSDinoModel,
     attention_mass_mask,
 )
+from modeling_wsdino.convert_checkpoint import load_backbone
 from pretraining_wsdino import TrainingArguments, TrainingError
-from train_accelerate import initial_backbone
 
 SETS = ("trained", "untrained", "initial", "intensity")
 METADATA = {
@@ -122,7 +122,7 @@ def extract_set(
     if name == "trained":
         model = WSDinoModel.from_pretrained(folder)
     elif name == "initial":
-        model = initial_backbone(arguments, channel)
+        model = load_backbone(arguments.init, channel_names=[channel])
     else:
         torch.manual_seed(arguments.seed)
         model = WSDinoModel(WSDinoConfig.from_pretrained(folder))

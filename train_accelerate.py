@@ -8,6 +8,7 @@ a function of the step. A checkpoint is therefore the networks, the optimiser, t
 run goes on exactly where it stopped.
 """
 
+import ctypes
 import json
 import os
 import platform
@@ -22,6 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
@@ -32,8 +34,12 @@ from transformers import HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
 from dataset_scripts import ScreenError, build_dataset, fields_with, open_planes, simulate_screen
+from evaluation_wsdino import ProfileError
+from evaluation_wsdino.evaluate_profiles import evaluate_set
+from extract_profiles import load_parts, metadata_table, network_features
 from modeling_wsdino import WSDinoConfig, WSDinoImageProcessor, WSDinoModel
 from modeling_wsdino.build_repository import build_combined_repository, build_repository
+from modeling_wsdino.convert_checkpoint import load_backbone
 from pretraining_wsdino import (
     CropSpec,
     DinoHead,
@@ -186,7 +192,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def initial_backbone(arguments: TrainingArguments, channel: str, drop_path_rate: float = 0.0) -> WSDinoModel:
-    """The network that a run starts from: random, an original DINO `.pth`, or a transformers folder or Hub id."""
+    """The network that a run starts from: random, or whatever layout `load_backbone` reads."""
     own = {"channel_names": [channel], "drop_path_rate": drop_path_rate}
     if arguments.init == "random":
         config = WSDinoConfig(
@@ -200,11 +206,12 @@ def initial_backbone(arguments: TrainingArguments, channel: str, drop_path_rate:
         torch.manual_seed(arguments.seed)
         return WSDinoModel(config)
     try:
-        if Path(arguments.init).is_file():
-            return WSDinoModel.from_dino_checkpoint(arguments.init, **own)
-        return WSDinoModel.from_pretrained(arguments.init, **own)
-    except (OSError, ValueError) as error:
+        backbone = load_backbone(arguments.init, **own)
+    except ValueError as error:
         raise TrainingError(f"--init {arguments.init} cannot be loaded: {error}") from error
+    if not isinstance(backbone, WSDinoModel):
+        raise TrainingError(f"--init {arguments.init} holds several towers: name the folder of one channel.")
+    return backbone
 
 
 def parameter_groups(network: torch.nn.Module) -> list[dict]:
@@ -238,7 +245,7 @@ class Interruption:
 class ChannelRun:
     """Student, teacher, data and checkpoints of one channel; `train` takes them to the end or to an interruption."""
 
-    def __init__(self, arguments: TrainingArguments, channel: str, dataset, run: Path):
+    def __init__(self, arguments: TrainingArguments, channel: str, dataset, run: Path, path: str = ""):
         self.arguments, self.channel, self.folder = arguments, channel, run / channel
         self.accelerator = Accelerator(
             mixed_precision=arguments.mixed_precision,
@@ -248,6 +255,7 @@ class ChannelRun:
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=False)],
         )
         self._prepare_data(dataset)
+        self._prepare_evaluation(path)
         self._prepare_networks()
 
     def _prepare_data(self, dataset) -> None:
@@ -265,6 +273,7 @@ class ChannelRun:
             groups=groups,
             constraint=a.pair_constraint,
             unlabelled=a.unlabelled,
+            eligible=self._eligible(dataset),
             seed=a.seed,
         )
         self.global_batch = a.batch_size * a.gradient_accumulation_steps * self.accelerator.num_processes
@@ -280,6 +289,24 @@ class ChannelRun:
             CropSpec(a.local_crops, a.local_crop_size, tuple(a.local_crop_area)),
             seed=a.seed,
         )
+
+    def _eligible(self, dataset) -> list[bool] | None:
+        """Which fields may train: all but those of the compounds held out."""
+        excluded = self.arguments.exclude_compounds
+        if not excluded:
+            return None
+        compounds = dataset["compound"] if "compound" in dataset.column_names else []
+        unknown = sorted(set(excluded) - set(compounds))
+        if unknown:
+            raise TrainingError(f"--exclude_compounds {unknown[0]}: no field of the dataset has this compound.")
+        return [compound not in excluded for compound in compounds]
+
+    def _prepare_evaluation(self, path: str) -> None:
+        """Load what `--eval_every` scores, before anything is trained, so that it cannot fail after hours."""
+        self.evaluated = None
+        if self.arguments.eval_every and self.accelerator.is_main_process:
+            dataset = load_parts(path, self.arguments.eval_parts, [self.channel])
+            self.evaluated = metadata_table(dataset), open_planes(dataset, self.channel)
 
     def _prepare_networks(self) -> None:
         a = self.arguments
@@ -403,6 +430,9 @@ class ChannelRun:
                     bar.set_postfix(loss=f"{line['loss']:.3f}", images_s=f"{line['images_per_second']:.1f}")
                     window, since = [], time.perf_counter()
                 epochs_done, rest = divmod(step + 1, self.steps_per_epoch)
+                if a.eval_every and rest == 0 and epochs_done % a.eval_every == 0:
+                    self._evaluate(step, bar)
+                    since = time.perf_counter()
                 if stopped or at_end or (rest == 0 and epochs_done % a.save_every == 0):
                     self.save(step + 1)
                 if stopped and not at_end:
@@ -507,6 +537,34 @@ class ChannelRun:
         partial.write_text("".join(line + "\n" for line in kept))
         partial.replace(self.log_path)
 
+    def _evaluate(self, step: int, bar) -> None:
+        """NSC and NSCB of the teacher on all evaluated fields, appended to metrics.jsonl; the others wait."""
+        if self.accelerator.is_main_process:
+            metadata, planes = self.evaluated
+            backbone = self.accelerator.unwrap_model(self.teacher).backbone
+            features = network_features(
+                backbone, self._image_processor(), planes, self.arguments.batch_size, f"evaluate {self.channel}"
+            )
+            names = [f"{self.channel}_{index:04d}" for index in range(features.shape[1])]
+            profiles = pd.concat([metadata, pd.DataFrame(features, columns=names)], axis=1)
+            scores = evaluate_set(profiles, details=False)
+            wanted = ("nsc", "nscb", "nsc_correct", "nsc_total", "nscb_correct", "nscb_total")
+            line = {"step": step + 1, "epoch": (step + 1) / self.steps_per_epoch, **{n: scores[n] for n in wanted}}
+            self._append(line)
+            bar.write(
+                f"{self.channel}, epoch {line['epoch']:g}: NSC {scores['nsc_correct']}/{scores['nsc_total']}, "
+                f"NSCB {scores['nscb_correct']}/{scores['nscb_total']}"
+            )
+        self.accelerator.wait_for_everyone()
+
+    def _append(self, line: dict) -> None:
+        """One line of metrics.jsonl, and its numbers to the trackers."""
+        if self.accelerator.is_main_process:
+            with self.log_path.open("a") as log:
+                log.write(json.dumps(line) + "\n")
+        if self.arguments.trackers:
+            self.accelerator.log({k: v for k, v in line.items() if isinstance(v, int | float)}, step=line["step"])
+
     def _log(self, step: int, window: list[dict[str, torch.Tensor]], seconds: float) -> dict:
         """One line of metrics.jsonl: means over the steps since the last line and over the processes."""
         names = list(window[0])
@@ -524,19 +582,17 @@ class ChannelRun:
             "images_per_second": len(window) * self.global_batch / seconds,
             "partner_fallbacks": fallbacks,
         }
-        if self.accelerator.is_main_process:
-            with self.log_path.open("a") as log:
-                log.write(json.dumps(line) + "\n")
-        if self.arguments.trackers:
-            self.accelerator.log({k: v for k, v in line.items() if isinstance(v, int | float)}, step=step + 1)
+        self._append(line)
         return line
 
     def _save_model(self, folder: Path) -> None:
         if self.accelerator.is_main_process:
             backbone = self.accelerator.unwrap_model(self.teacher).backbone
-            processor = WSDinoImageProcessor(tile_size=self.arguments.tile_size, max_intensity=self.max_intensity)
-            build_repository(folder, backbone, processor)
+            build_repository(folder, backbone, self._image_processor())
         self.accelerator.wait_for_everyone()
+
+    def _image_processor(self) -> WSDinoImageProcessor:
+        return WSDinoImageProcessor(tile_size=self.arguments.tile_size, max_intensity=self.max_intensity)
 
 
 def drop_path_seed(seed: int, step: int, process: int) -> int:
@@ -565,7 +621,7 @@ def train(arguments: TrainingArguments) -> bool:
     dataset, path = load_screen(arguments, accelerator)
     run = Path(arguments.output_dir)
     for channel in arguments.channels:
-        channel_run = ChannelRun(arguments, channel, dataset, run)
+        channel_run = ChannelRun(arguments, channel, dataset, run, path)
         # Only now, when every setting has proved usable, does the run begin to exist.
         if channel == arguments.channels[0] and accelerator.is_main_process:
             run.mkdir(parents=True, exist_ok=True)
@@ -578,12 +634,28 @@ def train(arguments: TrainingArguments) -> bool:
     return True
 
 
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory for the next step instead of giving it back to the system.
+
+    A step frees and takes gigabytes; fresh pages cost up to five times what reused ones do. The limits are those of
+    `mallopt(3)`, set for this process alone; elsewhere than on glibc nothing happens.
+    """
+    trim_threshold, mmap_max = -1, -4
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, -1)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser, arguments = parse_arguments(argv)
+    keep_freed_memory()
     disable_progress_bar()  # of reading and writing a model's file, which is no work to wait for
     try:
         finished = train(arguments)
-    except (TrainingError, ScreenError) as error:
+    except (TrainingError, ScreenError, ProfileError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     if not finished:
         parser.exit(130)

@@ -52,6 +52,7 @@ class WeakLabelPairSampler:
             with itself).
         unlabelled: "drop" leaves images without a label out; "self" lets each train as its own partner, drawn as often
             as an image is on average, so that a partly labelled screen trains whole (the paper's section 5).
+        eligible: whether each image may be drawn at all; the others are held out, whatever their label.
         seed: of the whole run.
 
     Raises:
@@ -66,6 +67,7 @@ class WeakLabelPairSampler:
         groups: dict[str, Sequence] | None = None,
         constraint: str = "image",
         unlabelled: str = "drop",
+        eligible: Sequence[bool] | None = None,
         seed: int = 0,
     ):
         if constraint not in CONSTRAINTS:
@@ -77,7 +79,9 @@ class WeakLabelPairSampler:
         if self.num_images == 0:
             raise TrainingError("The dataset has no images to train on: check --dataset and --part.")
 
-        rows = np.arange(self.num_images)
+        rows = np.arange(self.num_images) if eligible is None else np.flatnonzero(eligible)
+        if not len(rows):
+            raise TrainingError("Every image is held out of training: exclude fewer compounds.")
         if labels is None:
             label_of = np.full(self.num_images, -1)
         else:
@@ -85,8 +89,8 @@ class WeakLabelPairSampler:
             known, codes = np.unique(names.astype(str), return_inverse=True)
             label_of = np.where(known[codes] == "", -1, codes)
             if unlabelled == "drop":
-                rows = rows[label_of >= 0]
-            if not (label_of >= 0).any():
+                rows = rows[label_of[rows] >= 0]
+            if not (label_of[rows] >= 0).any():
                 raise TrainingError(
                     "--weak_label names a column without values: every row of it is empty; choose another column."
                 )

@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -190,6 +192,74 @@ def test_checkpoints_are_pruned_to_the_newest(tiny_screen, tmp_path):
     assert kept == [f"step_{step:08d}" for step in (steps * 3 // 4, steps)]
 
 
+def test_evaluation_inside_the_run_equals_evaluation_after_it(tiny_screen, tmp_path):
+    """`--eval_every` appends NSC and NSCB; the last line equals what extraction and evaluation give for the model."""
+    import extract_profiles
+    from evaluation_wsdino.evaluate_profiles import evaluate_run
+
+    train(tiny_screen, tmp_path, "--channels", "tubulin", "--epochs", "2", "--eval_every", "1")
+    scored = [line for line in lines(tmp_path, "tubulin") if "nsc" in line]
+    assert [line["epoch"] for line in scored] == [1.0, 2.0]
+    extract_profiles.main([str(tmp_path), "--sets", "trained"])
+    after = evaluate_run(tmp_path)["sets"]["trained"]
+    for name in ("nsc", "nscb", "nsc_correct", "nscb_total"):
+        assert scored[-1][name] == after[name]
+
+
+def test_evaluation_does_not_change_what_is_learned(tiny_screen, tmp_path):
+    flags = ("--channels", "dna", "--epochs", "2", "--drop_path_rate", "0.2")
+    train(tiny_screen, tmp_path / "plain", *flags)
+    train(tiny_screen, tmp_path / "scored", *flags, "--eval_every", "1", "--save_every", "1", "--num_workers", "1")
+    for name, tensor in weights(tmp_path / "plain").items():
+        assert torch.equal(tensor, weights(tmp_path / "scored")[name]), name
+
+
+def test_excluded_compounds_are_never_drawn(tiny_screen, tmp_path):
+    from datasets import load_dataset
+
+    dataset = load_dataset(str(tiny_screen), "annotated", split="train")
+    held = sorted(set(dataset["compound"]))[0]
+    for extra in ([], ["--weak_label", "none"], ["--weak_label", "moa"]):
+        flags = [*SMALL, "--output_dir", str(tmp_path), "--exclude_compounds", held, "--channels", "dna", *extra]
+        _, arguments = train_accelerate.parse_arguments(flags)
+        run = train_accelerate.ChannelRun(arguments, "dna", dataset, tmp_path)
+        drawn = {row for step in range(40) for part in run.pairs.draw(step, 50)[:2] for row in part.tolist()}
+        assert {dataset["compound"][row] for row in drawn} == set(dataset["compound"]) - {held}
+
+
+def test_trackers_receive_the_metrics(tiny_screen, tmp_path):
+    train(tiny_screen, tmp_path, "--channels", "dna", "--epochs", "1", "--trackers", "tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folders = {path.parent for path in (tmp_path / "dna").rglob("events.out.tfevents*")}
+    readers = [EventAccumulator(str(folder)).Reload() for folder in folders]
+    (events,) = [reader for reader in readers if "loss" in reader.Tags()["scalars"]]
+    logged = [event.value for event in events.Scalars("loss")]
+    np.testing.assert_allclose(logged, [line["loss"] for line in lines(tmp_path)], rtol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_continues_exactly(tiny_screen, tmp_path, kind):
+    """Ctrl-C and a cluster's SIGTERM: a checkpoint, a clear line, status 130, and equal weights after resuming."""
+    flags = ["--dataset", str(tiny_screen), *SMALL, "--channels", "dna", "--epochs", "400", "--max_steps", "300"]
+    words = [sys.executable, "train_accelerate.py", *flags, "--output_dir", str(tmp_path / "stopped")]
+    process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "stopped" / "dna" / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) >= 5):
+        time.sleep(0.05)
+    process.send_signal(kind)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "--resume goes on from there" in out
+    stopped_at = lines(tmp_path / "stopped")[-1]["step"]
+    assert 5 <= stopped_at < 300
+    train(tiny_screen, tmp_path / "stopped", *flags[2:][len(SMALL) :], "--resume")
+    train(tiny_screen, tmp_path / "whole", *flags[2:][len(SMALL) :])
+    for name, tensor in weights(tmp_path / "whole").items():
+        assert torch.equal(tensor, weights(tmp_path / "stopped")[name]), name
+
+
 REFUSALS = [
     (["--weak_label", "moon"], "--weak_label moon"),
     (["--channels", "gold"], "--channels gold"),
@@ -207,6 +277,9 @@ REFUSALS = [
     (["--init", "/nowhere/weights.pth"], "--init /nowhere/weights.pth"),
     (["--preset", "moon"], "--preset is 'moon'"),
     (["--epochs", "0"], "--epochs is 0"),
+    (["--exclude_compounds", "moonstone"], "--exclude_compounds moonstone"),
+    (["--eval_every", "1", "--eval_parts", "moon"], "moon"),
+    (["--eval_every", "-1"], "--eval_every is -1"),
     (["--local_crops", "0", "--global_crops", "1"], "single view"),
 ]
 
