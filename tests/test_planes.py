@@ -1,0 +1,125 @@
+"""The plane cache: equal to decoding each image, shared, checked, and safe against interruption."""
+
+import io
+import json
+import multiprocessing
+import os
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataset_scripts.planes import open_planes
+from dataset_scripts.screen import ScreenError
+
+
+def make(planes, **columns):
+    def png(plane):
+        if plane is None:
+            return None
+        buffer = io.BytesIO()
+        Image.fromarray(plane).save(buffer, "PNG")
+        return {"bytes": buffer.getvalue(), "path": None}
+
+    features = datasets.Features({"tubulin": datasets.Image(), "number": datasets.Value("int32")})
+    rows = {"tubulin": [png(plane) for plane in planes], "number": list(range(len(planes)))}
+    return datasets.Dataset.from_dict(rows, features=features)
+
+
+@pytest.fixture
+def planes():
+    return list(np.random.default_rng(0).integers(0, 65535, (7, 12, 16)).astype(np.uint16))
+
+
+def test_equals_decoding_and_is_read_only(planes, tmp_path):
+    dataset = make(planes)
+    found = open_planes(dataset, "tubulin", tmp_path, progress=False)
+    assert isinstance(found, np.memmap) and found.dtype == np.uint16 and found.shape == (7, 12, 16)
+    for i in range(7):
+        assert (found[i] == np.asarray(dataset[i]["tubulin"])).all()
+    with pytest.raises(ValueError):
+        found[0] = 0
+
+
+def test_rows_follow_the_dataset(planes, tmp_path):
+    dataset = make(planes).select([5, 1, 1, 3])
+    found = open_planes(dataset, "tubulin", tmp_path, progress=False)
+    assert [int(np.argmax([(plane == other).all() for other in planes])) for plane in found] == [5, 1, 1, 3]
+
+
+def test_written_once_and_another_fingerprint_is_another_file(planes, tmp_path):
+    dataset = make(planes)
+    open_planes(dataset, "tubulin", tmp_path, progress=False)
+    (file,) = tmp_path.glob("*.npy")
+    before = file.stat().st_mtime_ns
+    open_planes(dataset, "tubulin", tmp_path, progress=False)
+    assert file.stat().st_mtime_ns == before
+    other = dataset.select(range(7)).filter(lambda row: row["number"] != 2)
+    assert len(open_planes(other, "tubulin", tmp_path, progress=False)) == 6
+    assert len(list(tmp_path.glob("*.npy"))) == 2
+
+
+@pytest.mark.parametrize("damage", ["cut", "note", "a plane", "half-written"])
+def test_a_damaged_cache_is_written_anew(planes, tmp_path, damage):
+    dataset = make(planes)
+    expected = np.array(open_planes(dataset, "tubulin", tmp_path, progress=False))
+    (file,), (note,) = tmp_path.glob("*.npy"), tmp_path.glob("*.json")
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif damage == "note":
+        note.write_text("{")
+    elif damage == "a plane":
+        content = bytearray(file.read_bytes())
+        content[-200] ^= 255
+        file.write_bytes(content)
+    else:  # the writer died
+        note.unlink()
+        os.replace(file, f"{file}.partial")
+    assert (open_planes(dataset, "tubulin", tmp_path, progress=False) == expected).all()
+
+
+def _open_in_process(arguments):
+    dataset, folder = arguments
+    return int(open_planes(dataset, "tubulin", folder, progress=False).astype(np.int64).sum())
+
+
+def test_two_processes_at_once(planes, tmp_path):
+    dataset = make(planes)
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        sums = pool.map(_open_in_process, [(dataset, str(tmp_path))] * 4, chunksize=1)
+    assert sums == [int(np.sum(planes, dtype=np.int64))] * 4
+    assert len(list(tmp_path.glob("*.npy"))) == 1 and not list(tmp_path.glob("*.partial"))
+
+
+def test_8_bit_planes_stay_8_bit(tmp_path):
+    planes = list(np.random.default_rng(0).integers(0, 255, (3, 5, 6)).astype(np.uint8))
+    found = open_planes(make(planes), "tubulin", tmp_path, progress=False)
+    assert found.dtype == np.uint8 and (found == planes).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p[:3] + [None], "row 3 has no tubulin"),
+        (lambda p: p[:3] + [p[3][:, :5]], "row 3.*one size"),
+        (lambda p: p[:3] + [p[3].astype(np.uint8)], "row 3.*uint8"),
+        (lambda p: [np.zeros((4, 5, 3), np.uint8)], "row 0.*grey"),
+        (lambda p: [], "no rows"),
+    ],
+)
+def test_bad_rows_are_named(planes, tmp_path, change, message):
+    with pytest.raises(ScreenError, match=message):
+        open_planes(make(change(planes)), "tubulin", tmp_path, progress=False)
+    assert not list(tmp_path.glob("*.npy"))
+
+
+def test_unknown_channel(planes, tmp_path):
+    with pytest.raises(ScreenError, match="no channel 'actin': choose among tubulin"):
+        open_planes(make(planes), "actin", tmp_path)
+
+
+def test_note_is_json(planes, tmp_path):
+    open_planes(make(planes), "tubulin", tmp_path, progress=False)
+    (note,), (file,) = tmp_path.glob("*.json"), tmp_path.glob("*.npy")
+    assert json.loads(note.read_text())["bytes"] == file.stat().st_size

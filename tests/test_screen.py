@@ -1,0 +1,156 @@
+"""Reading the tables of a screen: official counts, other screens' columns, and one sentence for each fault."""
+
+import os
+from collections import defaultdict
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from dataset_scripts.screen import ScreenColumns, ScreenError, read_screen
+
+HEADER = (
+    "TableNumber,ImageNumber,Image_FileName_DAPI,Image_PathName_DAPI,Image_FileName_Tubulin,Image_PathName_Tubulin,"
+    "Image_FileName_Actin,Image_PathName_Actin,Image_Metadata_Plate_DAPI,Image_Metadata_Well_DAPI,Replicate,"
+    "Image_Metadata_Compound,Image_Metadata_Concentration"
+)
+
+
+def line(number, compound, dose, plate="Week4_27481", well="G10", site=1):
+    stem = f"{well}_s{site}_w"
+    folder = f"{plate.split('_')[0]}/{plate}"
+    files = ",".join(f"{stem}{w}{number:04d}.tif,{folder}" for w in (1, 2, 4))
+    return f"4,{number},{files},{plate},{well},1,{compound},{dose}"
+
+
+@pytest.fixture
+def tables(tmp_path):
+    lines = [
+        HEADER,
+        line(1, "taxol", 0.3),
+        line(2, "taxol", 0.3, site=2),
+        line(3, "DMSO", 0, well="B02"),
+        line(4, "taxol", 0.0001, well="B03"),
+        line(5, "5-fluorouracil", 0.003, plate="Week10_40111"),
+    ]
+    image, moa = tmp_path / "image.csv", tmp_path / "moa.csv"
+    image.write_text("\n".join(lines) + "\n")
+    moa.write_text('"compound",concentration,"moa"\n"taxol",0.300000,"Microtubule stabilizers"\n"DMSO",0.0,"DMSO"\n')
+    return image, moa
+
+
+def test_fields(tables):
+    fields = read_screen(*tables)
+    assert list(fields["treatment"]) == ["taxol_0.3", "taxol_0.3", "DMSO", "taxol_0.0001", "5-fluorouracil_0.003"]
+    assert list(fields["part"]) == ["annotated", "annotated", "dmso", "unannotated", "unannotated"]
+    assert list(fields["moa"]) == ["Microtubule stabilizers"] * 2 + ["DMSO", "", ""]
+    assert list(fields["batch"]) == ["Week4"] * 4 + ["Week10"]
+    assert list(fields["site"]) == [1, 2, 1, 1, 1]
+    assert list(fields["row"]) == [2, 3, 4, 5, 6]
+    assert fields["actin_file"][0] == "Week4/Week4_27481/G10_s1_w40001.tif"
+    assert fields["concentration"].dtype == float
+
+
+def test_gzip_is_read_too(tables, tmp_path):
+    plain = read_screen(*tables)
+    pd.read_csv(tables[0], dtype=str).to_csv(tmp_path / "image.csv.gz", index=False)
+    pd.testing.assert_frame_equal(read_screen(tmp_path / "image.csv.gz", tables[1]), plain)
+
+
+def replace_in(path, old, new):
+    path.write_text(path.read_text().replace(old, new, 1))
+
+
+@pytest.mark.parametrize(
+    ("table", "old", "new", "message"),
+    [
+        (0, "Image_FileName_Actin", "Image_FileName_Aktin", "image.csv has no column 'Image_FileName_Actin'"),
+        (1, '"moa"', '"mode"', "moa.csv has no column 'moa'"),
+        (0, ",taxol,0.3", ",taxol,high", "image.csv, line 2: .*Concentration.*'high'.*not a number"),
+        (0, ",DMSO,0", ",,0", "image.csv, line 4: .*Compound' is empty"),
+        (0, "G10_s1_w10001", "G10_x1_w10001", "image.csv, line 2: no site number"),
+        (0, "G10_s2_w20002", "G10_s1_w20001", "lines 2, 3 name the same tubulin file"),
+        (1, "0.300000", "0.310000", "moa.csv: 1 annotated treatment.* no image.*'taxol_0.31'"),
+        (1, '"DMSO",0.0,"DMSO"', '"taxol",0.3,"Other"', "moa.csv, line 3: 'taxol_0.3' is 'Other' here"),
+        (0, HEADER, "", "no column|cannot be read"),
+    ],
+)
+def test_faults_are_named(tables, table, old, new, message):
+    replace_in(tables[table], old, new)
+    with pytest.raises(ScreenError, match=message):
+        read_screen(*tables)
+
+
+def test_missing_and_empty_tables(tables, tmp_path):
+    with pytest.raises(ScreenError, match="absent.csv does not exist"):
+        read_screen(tmp_path / "absent.csv", tables[1])
+    tables[0].write_text(HEADER + "\n")
+    with pytest.raises(ScreenError, match="no rows"):
+        read_screen(*tables)
+    tables[0].write_text("")
+    with pytest.raises(ScreenError, match="cannot be read"):
+        read_screen(*tables)
+    (tmp_path / "cut.csv.gz").write_bytes(b"\x1f\x8b\x08\x00cut")
+    with pytest.raises(ScreenError, match="cannot be read"):
+        read_screen(tmp_path / "cut.csv.gz", tables[1])
+
+
+def test_another_screen_brings_its_columns(tmp_path):
+    table = pd.DataFrame(
+        {
+            "Metadata_Plate": ["P1", "P1", "P2"],
+            "Metadata_Well": ["A01", "A02", "A01"],
+            "Metadata_Site": ["1", "1", "2"],
+            "FileName_OrigDNA": ["a_dna.tif", "b_dna.tif", "c_dna.tif"],
+            "FileName_OrigER": ["a_er.tif", "b_er.tif", "c_er.tif"],
+            "drug": ["vehicle", "aspirin", "aspirin"],
+            "uM": ["0", "5", "10"],
+            "mechanism": ["", "COX inhibitor", ""],
+            "run": ["r1", "r1", "r2"],
+        }
+    )
+    table.to_csv(tmp_path / "load_data.csv", index=False)
+    columns = ScreenColumns(
+        channels={"dna": ("FileName_OrigDNA", None), "er": ("FileName_OrigER", None)},
+        plate="Metadata_Plate",
+        well="Metadata_Well",
+        site="Metadata_Site",
+        compound="drug",
+        concentration="uM",
+        moa="mechanism",
+        batch="run",
+        replicate=None,
+        control="vehicle",
+    )
+    fields = read_screen(tmp_path / "load_data.csv", None, columns)
+    assert list(fields["treatment"]) == ["DMSO", "aspirin_5", "aspirin_10"]
+    assert list(fields["part"]) == ["dmso", "annotated", "unannotated"]
+    assert list(fields["batch"]) == ["r1", "r1", "r2"]
+    assert list(fields["site"]) == [1, 1, 2]
+    assert list(fields["er_file"]) == ["a_er.tif", "b_er.tif", "c_er.tif"]
+
+
+METADATA = os.environ.get("WSDINO_BBBC021_METADATA")
+
+
+@pytest.mark.skipif(not METADATA, reason="WSDINO_BBBC021_METADATA names no folder with the official tables")
+def test_official_counts():
+    folder = Path(METADATA)
+    image = next(path for path in folder.glob("BBBC021_v1_image.csv*"))
+    fields = read_screen(image, folder / "BBBC021_v1_moa.csv")
+    assert dict(fields["part"].value_counts()) == {"unannotated": 9352, "annotated": 2528, "dmso": 1320}
+    annotated = fields[fields["part"] == "annotated"]
+    assert annotated["treatment"].nunique() == 103
+    assert annotated["compound"].nunique() == 38
+    assert annotated["moa"].nunique() == 12
+    assert fields["plate"].nunique() == 55
+    assert fields["batch"].nunique() == 10
+    assert fields["compound"].nunique() == 113
+    batches = defaultdict(set)
+    for moa, batch in zip(annotated["moa"], annotated["batch"], strict=True):
+        batches[moa].add(batch)
+    alone = {moa for moa, each in batches.items() if len(each) == 1}
+    assert alone == {"Cholesterol-lowering", "Kinase inhibitors"}
+    assert annotated[~annotated["moa"].isin(alone)]["treatment"].nunique() == 92
+    spans = annotated.groupby("treatment")["batch"].nunique()
+    assert dict(spans[spans > 1]) == {"taxol_0.3": 10}
