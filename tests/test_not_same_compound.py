@@ -469,6 +469,7 @@ def test_blocks_do_not_change_the_answer(monkeypatch):
     for options in ({}, {"metric": "euclidean", "batch_rule": "disjoint", "k": 3}):
         whole = not_same_compound(profiles, moas, compounds, batches, **options)
         monkeypatch.setattr(module, "_BLOCK_BYTES", 8 * 103 * 10)
+        monkeypatch.setattr(module, "_LEAST_ROWS", 1)
         assert repr(not_same_compound(profiles, moas, compounds, batches, **options)) == repr(whole)
         monkeypatch.undo()
 

@@ -71,7 +71,9 @@ Examples:
     1
 """
 
-_BLOCK_BYTES = 32 * 2**20  # of one block of similarities; some six arrays of that size live at once
+# One block of similarities: some three arrays of that size live at once, best in the processor's cache.
+_BLOCK_BYTES = 4 * 2**20
+_LEAST_ROWS = 128  # fewer rows a product would waste the processor
 
 
 def _natural_key(name):
@@ -146,79 +148,141 @@ class _BatchRule:
 
 def _directions(profiles, metric):
     """Vectors whose products (cosine, correlation) or differences (euclidean) are compared, and which are usable."""
-    finite = np.isfinite(profiles).all(axis=1)
-    vectors = np.where(finite[:, None], profiles, 0.0)
-    if metric == "correlation":
-        vectors -= vectors.mean(axis=1, keepdims=True)
+    # A row's largest value in size, which is not finite where any of the row's values is not.
+    largest = np.maximum(profiles.max(axis=1, initial=-np.inf), -profiles.min(axis=1, initial=np.inf))
+    finite = np.isfinite(largest)
+    vectors = profiles.copy()
+    vectors[~finite] = 0.0
     if metric == "euclidean":
         vectors -= vectors[finite].mean(axis=0) if finite.any() else 0.0
         return vectors, finite
-    largest = np.abs(vectors).max(axis=1, initial=0.0)
-    scale = np.abs(np.where(finite[:, None], profiles, 0.0)).max(axis=1, initial=0.0)
+    # Squares of values like 1e-200 vanish and of 1e200 overflow; the direction is the same at another scale.
+    extreme = finite & (largest > 0) & ((largest < 1e-100) | (largest > 1e100))
+    vectors[extreme] /= largest[extreme, None]
+    largest = np.where(extreme, 1.0, np.where(finite, largest, 0.0))
+    if metric == "correlation":
+        vectors -= vectors.mean(axis=1, keepdims=True)
+    norms = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))
     # A constant vector minus its mean is rounding noise, not a direction.
-    usable = finite & (largest > 1e-12 * scale) & (largest > 0)
-    # Before the norm, so that tiny and huge values survive squaring.
-    vectors /= np.where(usable, largest, 1.0)[:, None]
-    vectors /= np.where(usable, np.linalg.norm(vectors, axis=1), 1.0)[:, None]
+    usable = finite & (norms > 1e-12 * largest)
+    vectors /= np.where(usable, norms, 1.0)[:, None]
     return vectors, usable
 
 
-def _search(vectors, euclidean, moa, compound, different_batch, takes_part, usable, k, ties):
-    """Nearest candidates of every query, a block of rows at a time.
+class _Found:
+    """What a search found: neighbours (treatments, k), -1 where there are fewer, and counts of each query."""
 
-    Returns neighbours (treatments, k) with -1 where there are fewer, their similarities, and per query the number of
-    candidates, of candidates with its own MOA, and of candidates tied with the nearest.
+    def __init__(self, count, k):
+        self.neighbours = np.full((count, k), -1)
+        self.similarities = np.full((count, k), np.nan)
+        self.candidates, self.answerable, self.tied = (np.zeros(count, dtype=np.int64) for _ in range(3))
+
+
+def _search(vectors, euclidean, moa, compound, usable, scores, k, ties):
+    """Nearest candidates of every query for several scores, a block of rows at a time.
+
+    `scores` are (different_batch or None, takes_part), each admitting no pair that one before it does not: a block's
+    similarities are computed once and then masked further. Returns one `_Found` a score.
+
+    Under cosine and correlation with k = 1 a first look in single precision settles the queries whose nearest
+    neighbour is nearer than the second by more than that precision's worst error; the others are searched in double.
     """
-    count = len(vectors)
-    k = min(k, max(count - 1, 1))
-    neighbours = np.full((count, k), -1)
-    similarities = np.full((count, k), np.nan)
-    candidates, answerable, tied_with_nearest = (np.zeros(count, dtype=np.int64) for _ in range(3))
-    columns = np.flatnonzero(takes_part & usable)
+    count, width = vectors.shape
+    found = [_Found(count, min(k, max(count - 1, 1))) for _ in scores]
+    columns = np.flatnonzero(usable & scores[0][1])
+    queries = columns
     if not len(columns):
-        return neighbours, similarities, candidates, answerable, tied_with_nearest
+        return found
+    # Contiguous in the order of candidates, and small codes: these comparisons are as costly as the products.
+    candidate_vectors = vectors if len(columns) == count else vectors[columns]
+    moa, compound = moa.astype(np.int32), compound.astype(np.int32)
     squares = np.einsum("ij,ij->i", vectors, vectors) if euclidean else None
     # Rounding in a product of unit vectors, or of squares up to the largest: nearer than this is a tie.
     tolerance = 1e-12 * (4 * squares.max() if euclidean else 1.0)
     # The order in which tied candidates are taken; names first, so that shuffled rows give the same answer.
-    priority = np.arange(count) if ties == "first" else np.empty(count, dtype=np.int64)
+    priority = np.arange(count)
     if ties == "pessimistic":
         priority[np.lexsort((compound, moa))] = np.arange(count)
-    candidate_vectors = vectors if len(columns) == count else vectors[columns]
-    step = max(1, _BLOCK_BYTES // (8 * len(columns)))
-    queries = np.flatnonzero(takes_part)
-    for start in range(0, len(queries), step):
-        rows = queries[start : start + step]
+
+    def masked(rows, similarity, first_look):
+        similarity[compound[rows, None] == compound[None, columns]] = -np.inf
+        for score, (different_batch, takes_part) in zip(found, scores, strict=True):
+            if different_batch is not None:
+                similarity[~different_batch(rows, columns)] = -np.inf
+            similarity[:, ~takes_part[columns]] = -np.inf
+            inside = takes_part[rows]
+            if first_look:
+                allowed = similarity > -np.inf
+                own = moa[rows, None] == moa[None, columns]
+                score.candidates[rows] = np.where(inside, np.count_nonzero(allowed, axis=1), 0)
+                allowed &= own
+                score.answerable[rows] = np.where(inside, np.count_nonzero(allowed, axis=1), 0)
+            yield score, inside
+
+    def exact(rows, first_look):
         similarity = vectors[rows] @ candidate_vectors.T
         if euclidean:
             similarity *= 2
             similarity -= squares[rows, None]
             similarity -= squares[None, columns]
-        allowed = compound[rows, None] != compound[None, columns]
-        if different_batch is not None:
-            allowed &= different_batch(rows, columns)
-        own = moa[rows, None] == moa[None, columns]
-        candidates[rows] = allowed.sum(axis=1)
-        answerable[rows] = (allowed & own).sum(axis=1)
-        similarity[~allowed] = -np.inf
-        similarity[~usable[rows]] = -np.inf
-        order = priority[columns] + (count * own if ties == "pessimistic" else np.zeros_like(own, dtype=np.int64))
-        block = np.arange(len(rows))
-        for place in range(k):
-            nearest = similarity.max(axis=1)
-            found = np.isfinite(nearest)
-            with np.errstate(invalid="ignore"):
-                tied = similarity >= (nearest - tolerance)[:, None]
-            pick = np.where(tied, order, np.iinfo(np.int64).max).argmin(axis=1)
-            neighbours[rows, place] = np.where(found, columns[pick], -1)
-            similarities[rows, place] = np.where(found, similarity[block, pick], np.nan)
-            if place == 0:
-                tied_with_nearest[rows] = np.where(found, tied.sum(axis=1), 0)
-            if place + 1 < k:
-                similarity[block, pick] = -np.inf
-    if euclidean:
-        similarities = -np.sqrt(np.maximum(-similarities, 0.0))
-    return neighbours, similarities, candidates, answerable, tied_with_nearest
+        for score, inside in masked(rows, similarity, first_look):
+            taken = []
+            for place in range(score.neighbours.shape[1]):
+                nearest = similarity.max(axis=1)
+                some = np.isfinite(nearest) & inside
+                with np.errstate(invalid="ignore"):
+                    tied = similarity >= (nearest - tolerance)[:, None]
+                pick = similarity.argmax(axis=1)
+                number = np.where(some, np.count_nonzero(tied, axis=1), 0)
+                for row in np.flatnonzero(number > 1):
+                    equal = np.flatnonzero(tied[row])
+                    order = priority[columns[equal]]
+                    if ties == "pessimistic":
+                        order = order + count * (moa[columns[equal]] == moa[rows[row]])
+                    pick[row] = equal[order.argmin()]
+                value = similarity[np.arange(len(rows)), pick]
+                score.neighbours[rows, place] = np.where(some, columns[pick], -1)
+                score.similarities[rows, place] = np.where(some, value, np.nan)
+                if place == 0:
+                    score.tied[rows] = number
+                taken.append((pick, value))
+                if k > 1:
+                    similarity[np.arange(len(rows)), pick] = -np.inf
+            for pick, value in reversed(taken):  # the next score needs them again
+                similarity[np.arange(len(rows)), pick] = value
+
+    step = max(_LEAST_ROWS, _BLOCK_BYTES // (8 * len(columns)))
+    if euclidean or k > 1:
+        for start in range(0, len(queries), step):
+            exact(queries[start : start + step], True)
+    else:
+        single = vectors.astype(np.float32)
+        single_candidates = single if len(columns) == count else single[columns]
+        # Twice the bound on the error of a product of unit vectors (Higham 2002, section 3.1), and rounding them.
+        window = np.float32(2 * (width + 4) * 2.0**-24)
+        unclear = []
+        for start in range(0, len(queries), step):
+            rows = queries[start : start + step]
+            similarity = single[rows] @ single_candidates.T
+            open_rows = np.zeros(len(rows), dtype=bool)
+            for score, inside in masked(rows, similarity, True):
+                pick = similarity.argmax(axis=1)
+                nearest = similarity[np.arange(len(rows)), pick]
+                some = (nearest > -np.inf) & inside
+                near = np.count_nonzero(similarity >= (nearest - window)[:, None], axis=1)
+                open_rows |= some & (near > 1)
+                score.neighbours[rows, 0] = np.where(some, columns[pick], -1)
+                score.tied[rows] = some
+                products = np.einsum("ij,ij->i", vectors[rows], candidate_vectors[pick])
+                score.similarities[rows, 0] = np.where(some, products, np.nan)
+            unclear.append(rows[open_rows])
+        unclear = np.concatenate(unclear)
+        for start in range(0, len(unclear), step):
+            exact(unclear[start : start + step], False)
+    for score in found:
+        if euclidean:
+            score.similarities = -np.sqrt(np.maximum(-score.similarities, 0.0))
+    return found
 
 
 def _vote(neighbour_moas):
@@ -276,24 +340,27 @@ def not_same_compound(
             'not finite, zero or constant): leave them out, or choose invalid="wrong" or invalid="exclude".'
         )
     reasons = ["" if good or invalid != "exclude" else "invalid vector" for good in usable]
-    euclidean = metric == "euclidean"
 
-    def score(prefix, rule, exclusion_rule):
+    def excluded_by(exclusion_rule):
         excluded = list(reasons)
-        different = rule.different if rule is not None else None
         if exclusion_rule is not None and exclude == "single_batch":
             for code, name in enumerate(moa_names):
                 rows = np.flatnonzero(moa == code)
                 if exclusion_rule.occurs_in_one_batch(rows):
                     for row in rows:
                         excluded[row] = excluded[row] or f"{name} occurs in one batch"
-        removed = np.array([bool(reason) for reason in (reasons if keep_excluded else excluded)], dtype=bool)
-        found = _search(vectors, euclidean, moa, compound, different, ~removed, usable, int(k), ties)
-        neighbours, similarities, candidates, answerable, tied = found
+        return excluded
+
+    def takes_part(excluded):
+        return np.array([not reason for reason in (reasons if keep_excluded else excluded)], dtype=bool)
+
+    def summary(prefix, excluded, found):
+        neighbours, similarities = found.neighbours.tolist(), found.similarities[:, 0].tolist()
+        candidates, answerable, tied = found.candidates.tolist(), found.answerable.tolist(), found.tied.tolist()
         queries, confusion = [], np.zeros((len(moa_names), len(moa_names)), dtype=np.int64)
         per_moa = {name: {"correct": 0, "total": 0, "accuracy": None} for name in moa_names}
         for row in range(count):
-            near = [index for index in neighbours[row].tolist() if index >= 0]
+            near = [index for index in neighbours[row] if index >= 0]
             predicted = _vote([moas[index] for index in near])
             reason = excluded[row]
             if not reason and not candidates[row] and usable[row]:
@@ -306,9 +373,9 @@ def not_same_compound(
                 "neighbour": near[0] if near else None,
                 "neighbour_moa": moas[near[0]] if near else None,
                 "neighbour_compound": compounds[near[0]] if near else None,
-                "similarity": float(similarities[row, 0]) if near else None,
+                "similarity": similarities[row] if near else None,
                 "predicted": predicted, "correct": correct, "excluded": reason or None,
-                "candidates": int(candidates[row]), "answerable": bool(answerable[row]), "tied": int(tied[row]),
+                "candidates": candidates[row], "answerable": bool(answerable[row]), "tied": tied[row],
             }  # fmt: skip
             if k > 1:
                 query["neighbours"] = near
@@ -333,7 +400,7 @@ def not_same_compound(
             f"{prefix}_queries": queries,
         }
 
-    result = {"moas": moa_names, **score("nsc", None, None)}
+    scores = [("nsc", None, excluded_by(None))]
     if batches is not None:
         names = _split_names("batches", _labels("batches", batches, count))
         rules = {
@@ -348,7 +415,12 @@ def not_same_compound(
             rule, exclusion_rule = rules["joined"](split), rules["median"](names)
         else:
             rule = exclusion_rule = rules[batch_rule](names)
-        result.update(score("nscb", rule, exclusion_rule))
+        scores.append(("nscb", rule.different, excluded_by(exclusion_rule)))
+    masks = [(different, takes_part(excluded)) for _, different, excluded in scores]
+    found = _search(vectors, metric == "euclidean", moa, compound, usable, masks, int(k), ties)
+    result = {"moas": moa_names}
+    for (prefix, _, excluded), part in zip(scores, found, strict=True):
+        result.update(summary(prefix, excluded, part))
     return result
 
 
