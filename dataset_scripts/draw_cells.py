@@ -214,7 +214,9 @@ def _waves(rng, amplitude, harmonics) -> np.ndarray:
     orders = np.arange(*harmonics)
     size = rng.normal(size=(len(amplitude), len(orders))) * amplitude[:, None] * np.sqrt(2 / len(orders))
     phase = rng.uniform(0, 2 * np.pi, size=size.shape)
-    return np.einsum("co,cot->ct", size, np.cos(orders[None, :, None] * theta + phase[:, :, None]))
+    # cos(k theta + phase), summed over k, as two matrix products.
+    angles = orders[:, None] * theta
+    return (size * np.cos(phase)) @ np.cos(angles) - (size * np.sin(phase)) @ np.sin(angles)
 
 
 def _corners(rng, amplitude) -> np.ndarray:
@@ -418,8 +420,8 @@ def _draw_nuclei(rng, cells: _Cells, phenotype: Phenotype, image_size, scale) ->
 
 def _splat(image_size, row, column, weight) -> np.ndarray:
     """Sum of point weights at their nearest pixels."""
-    i, j = np.rint(row).astype(np.int64), np.rint(column).astype(np.int64)
-    inside = (i >= 0) & (i < image_size[0]) & (j >= 0) & (j < image_size[1])
+    i, j = np.rint(row).astype(np.int32), np.rint(column).astype(np.int32)
+    inside = (i >= 0) & (i < image_size[0]) & (j >= 0) & (j < image_size[1]) & (weight > 0)
     flat = i[inside] * image_size[1] + j[inside]
     total = np.bincount(flat, weights=weight[inside], minlength=image_size[0] * image_size[1])
     return total.reshape(image_size).astype(np.float32)
@@ -427,9 +429,9 @@ def _splat(image_size, row, column, weight) -> np.ndarray:
 
 def _keep_in_cell(label, owner, row, column) -> np.ndarray:
     """1 where a point lies in the cell that owns it, else 0."""
-    i = np.clip(np.rint(row).astype(np.int64), 0, label.shape[0] - 1)
-    j = np.clip(np.rint(column).astype(np.int64), 0, label.shape[1] - 1)
-    return (label[i, j] == owner).astype(np.float64)
+    i = np.clip(np.rint(row).astype(np.int32), 0, label.shape[0] - 1)
+    j = np.clip(np.rint(column).astype(np.int32), 0, label.shape[1] - 1)
+    return (label[i, j] == owner).astype(np.float32)
 
 
 def _draw_tubulin(rng, cells: _Cells, phenotype: Phenotype, label, depth, nuclear, scale) -> np.ndarray:
@@ -442,32 +444,42 @@ def _draw_tubulin(rng, cells: _Cells, phenotype: Phenotype, label, depth, nuclea
 
     per_cell = rng.poisson(phenotype.tubulin_filaments, count)
     per_cell = np.where(cells.rounded, 40, per_cell)
-    owner = np.repeat(np.arange(count), per_cell)
+    # Cells that lie wholly outside the picture only push their neighbours.
+    seen = np.bincount(label[label >= 0], minlength=count) > 0
+    owner = np.repeat(np.arange(count), np.where(seen, per_cell, 0))
     total = len(owner)
+    if not total:
+        return signal
     aster = cells.rounded[owner]
+
+    def column_of(values):
+        return np.asarray(values, np.float32)[:, None]
+
     # Filaments wind outwards around the nucleus along the cell's ellipse; those of a rounded cell make an aster.
-    points = max(int(1.8 * phenotype.cell_radius * scale), 16)
-    t = (np.arange(points) + 0.5)[None] / points
+    points = max(int(1.3 * phenotype.cell_radius * scale), 16)
+    t = ((np.arange(points) + 0.5) / points).astype(np.float32)[None]
     inner = np.where(aster, 0.05, cells.nucleus_radius[owner] / cells.radius[owner] * rng.uniform(0.5, 1.1, total))
     inner = inner + np.where(aster, 0, np.maximum(1 - inner, 0) * rng.uniform(0, 0.8, total) ** 2)
     outer = inner + (1.15 - inner) * np.where(aster, 0.6, phenotype.tubulin_length * rng.uniform(0.25, 1, total))
     wind = np.where(aster, 0, rng.normal(0, phenotype.tubulin_swirl, total))
-    rho = inner[:, None] + (outer - inner)[:, None] * t
+    rho = column_of(inner) + column_of(outer - inner) * t
     # The same angle is a shorter way near the nucleus: most of the winding happens there.
-    theta = rng.uniform(0, 2 * np.pi, total)[:, None] + wind[:, None] * np.sqrt(t)
-    theta = theta + np.where(aster, 0, 0.05)[:, None] * np.sin(
-        2 * np.pi * (t * rng.uniform(0.5, 2, total)[:, None] + rng.uniform(0, 1, total)[:, None])
-    )
-    turned = theta - cells.angle[owner][:, None]
-    long = np.sqrt(cells.elongation[owner])[:, None]
-    r = cells.radius[owner][:, None] * rho / np.sqrt((np.cos(turned) / long) ** 2 + (np.sin(turned) * long) ** 2)
+    theta = column_of(rng.uniform(0, 2 * np.pi, total)) + column_of(wind) * np.sqrt(t)
+    wave, phase = rng.uniform(np.pi, 4 * np.pi, total), rng.uniform(0, 2 * np.pi, total)
+    theta += column_of(np.where(aster, 0, 0.05)) * np.sin(column_of(wave) * t + column_of(phase))
+    sine, cosine = np.sin(theta), np.cos(theta)
+    tilt, long = cells.angle[owner], np.sqrt(cells.elongation[owner])
+    along = cosine * column_of(np.cos(tilt)) + sine * column_of(np.sin(tilt))
+    across = sine * column_of(np.cos(tilt)) - cosine * column_of(np.sin(tilt))
+    r = column_of(cells.radius[owner]) * rho
+    r /= np.sqrt((along * column_of(1 / long)) ** 2 + (across * column_of(long)) ** 2)
     toward = np.clip(1.2 - rho, 0, 1)  # around the nucleus near it, around the cell's middle far from it
-    row = cells.row[owner][:, None] + toward * (cells.nucleus_row - cells.row)[owner][:, None] + r * np.sin(theta)
-    column = cells.column[owner][:, None] + r * np.cos(theta)
-    column = column + toward * (cells.nucleus_column - cells.column)[owner][:, None]
-    step = np.hypot(np.diff(row, axis=1, append=row[:, -1:]), np.diff(column, axis=1, append=column[:, -1:]))
+    row = column_of(cells.row[owner]) + toward * column_of((cells.nucleus_row - cells.row)[owner]) + r * sine
+    column = column_of(cells.column[owner]) + r * cosine
+    column += toward * column_of((cells.nucleus_column - cells.column)[owner])
     # Equal mass for equal length: the points of a long filament stand farther apart.
-    weight = step * (1.1 - 0.6 * t) * (cells.brightness[owner] ** 0.8)[:, None]
+    run = np.hypot(outer - inner, 0.6 * wind * (inner + outer)) * cells.radius[owner] / points
+    weight = column_of(run * cells.brightness[owner] ** 0.8) * (1.1 - 0.6 * t)
     weight = weight * _keep_in_cell(label, owner[:, None], row, column)
     bundle = (rng.uniform(size=total) < phenotype.tubulin_bundling) & ~aster
     thin = _splat(label.shape, row[~bundle], column[~bundle], weight[~bundle])

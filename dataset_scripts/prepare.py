@@ -18,13 +18,13 @@ import shutil
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
-from importlib import resources
 from multiprocessing import get_context
 from pathlib import Path
 
 import pandas as pd
 from tqdm.auto import tqdm
 
+from .card import count_fields, dataset_card
 from .download import BBBC021_URL, TABLES, Downloader, archive_name, check_archive, extract_archive
 from .illumination import illumination_function
 from .plates import (
@@ -173,7 +173,9 @@ def build_dataset(
         )
     _number_shards(output, records)
     _remove_strangers(output, records)
-    counts = _write_summary(output, screen, recipe, records)
+    counts = count_fields(screen, records)
+    _write_bytes(output / "README.md", dataset_card(screen, records, counts, recipe).encode())
+    _write_json(output / "build.json", {"recipe": recipe, "counts": counts, "plates": records})
     shutil.rmtree(work)
     if progress:
         _report(output, screen, records, counts)
@@ -514,67 +516,6 @@ def _remove_strangers(output: Path, records: list[dict]) -> None:
         for path in sorted((output / folder).rglob("*")) if (output / folder).is_dir() else ():
             if path.is_file() and path.relative_to(output).as_posix() not in kept:
                 path.unlink()
-
-
-def _write_summary(output: Path, screen, recipe: dict, records: list[dict]) -> dict:
-    """`build.json` (what was made from what, with hashes) and the dataset card."""
-    import datasets
-    from datasets.utils.metadata import MetadataConfigs
-    from huggingface_hub import DatasetCardData
-
-    from .bbbc021 import screen_features
-
-    features = screen_features(screen.channels)
-    rows = {part: sum(record["rows"].get(part, 0) for record in records) for part in PARTS}
-    sizes = {
-        part: sum(record["shards"][part]["bytes"] for record in records if part in record["shards"]) for part in PARTS
-    }
-    configs, infos = {}, {}
-    parts = [part for part in PARTS if rows[part]]
-    for name, members in [(part, [part]) for part in parts] + [("all", parts)]:
-        paths = [f"data/{part}/train-*.parquet" for part in members]
-        configs[name] = {"data_files": [{"split": "train", "path": paths if len(paths) > 1 else paths[0]}]}
-        if name == parts[0]:
-            configs[name]["default"] = True
-        count, size = sum(rows[p] for p in members), sum(sizes[p] for p in members)
-        split = datasets.SplitDict()
-        split.add(datasets.SplitInfo("train", num_bytes=size, num_examples=count))
-        infos[name] = datasets.DatasetInfo(
-            config_name=name,
-            features=features,
-            splits=split,
-            download_size=size,
-            dataset_size=size,
-        )
-    data = DatasetCardData()
-    datasets.info.DatasetInfosDict(infos).to_dataset_card_data(data)
-    MetadataConfigs(configs).to_dataset_card_data(data)
-
-    built = {record["plate"] for record in records}
-    labels = screen.fields[screen.fields["plate"].isin(built)]
-    counts = {
-        "fields": {**rows, "all": sum(rows.values())},
-        "treatments": int(labels.loc[labels["part"] == "annotated", "treatment"].nunique()),
-        "compounds": int(labels.loc[labels["part"] == "annotated", "compound"].nunique()),
-        "moas": int(labels.loc[labels["part"] == "annotated", "moa"].nunique()),
-        "plates": int(labels["plate"].nunique()),
-        "batches": int(labels["batch"].nunique()),
-        "fields_named": screen.fields_named,
-        "fields_absent": screen.fields_named - sum(rows.values()),
-        "fields_incomplete": sum(record["fields_incomplete"] for record in records),
-    }
-    template = resources.files("dataset_scripts").joinpath("dataset_card.md").read_text()
-    table = "\n".join(f"| {part} | {rows[part]:,} |" for part in PARTS)
-    card = template.format(
-        title="A simulated screen" if screen.source.startswith("simulated") else screen.source,
-        source=screen.source,
-        rows=table,
-        channels=", ".join(f"`{channel}`" for channel in screen.channels),
-        **{k: v for k, v in counts.items() if k != "fields"},
-    )
-    _write_bytes(output / "README.md", f"---\n{data.to_yaml()}\n---\n\n{card}".encode())
-    _write_json(output / "build.json", {"recipe": recipe, "counts": counts, "plates": records})
-    return counts
 
 
 def _report(output: Path, screen, records, counts) -> None:

@@ -355,13 +355,13 @@ def _well_phenotypes(wells: list[dict], seed: int) -> tuple[dict[str, Phenotype]
                 raise ScreenError(f"mechanism {name!r} of {compound!r} has no phenotype: use {', '.join(known)}")
             # Compounds of a mechanism differ, and most do something else besides.
             besides = known[str(rng.choice(sorted(set(known) - {name})))]
-            phenotypes[treatment] = known[name].blend(besides, float(rng.uniform(0, 0.3))).vary(rng, 0.12)
+            phenotypes[treatment] = known[name].blend(besides, float(rng.uniform(0, 0.2))).vary(rng, 0.09)
             active = sorted(doses[compound])
             if well["moa"] == "":  # a dose outside the annotated, active range
                 strengths[treatment] = 0.15 if well["concentration"] < active[0] else 1.0
             else:
                 rank = active.index(well["concentration"]) / max(len(active) - 1, 1)
-                strengths[treatment] = round(float(rng.uniform(0.45, 0.75) * (1 - rank) + 1.0 * rank), 3)
+                strengths[treatment] = round(float(rng.uniform(0.55, 0.8) * (1 - rank) + 1.0 * rank), 3)
     return phenotypes, strengths
 
 

@@ -151,3 +151,292 @@ def test_command_names_the_mend(tmp_path, capsys):
         main(["--raw", str(tmp_path / "absent"), "--output", str(tmp_path / "out")])
     assert ended.value.code == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+def copy_of(raw, folder, rows=24):
+    """A small copy of a screen: its first rows only."""
+    folder.mkdir()
+    kept = table_of(raw)[:rows]
+    for row in kept:
+        for channel in ("DAPI", "Tubulin", "Actin"):
+            place = folder / row[f"Image_PathName_{channel}"]
+            place.mkdir(parents=True, exist_ok=True)
+            name = row[f"Image_FileName_{channel}"]
+            (place / name).write_bytes((raw / row[f"Image_PathName_{channel}"] / name).read_bytes())
+    with open(folder / "BBBC021_v1_image.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, kept[0])
+        writer.writeheader()
+        writer.writerows(kept)
+    seen = {(row["Image_Metadata_Compound"], float(row["Image_Metadata_Concentration"])) for row in kept}
+    lines = (raw / "BBBC021_v1_moa.csv").read_text().splitlines()
+    parsed = [(line, line.replace('"', "").split(",")) for line in lines[1:]]
+    lines = lines[:1] + [line for line, cells in parsed if (cells[0], float(cells[1])) in seen]
+    (folder / "BBBC021_v1_moa.csv").write_text("\n".join(lines) + "\n")
+    return folder, folder / kept[3]["Image_PathName_Tubulin"] / kept[3]["Image_FileName_Tubulin"]
+
+
+def damage(path, kind):
+    with Image.open(path) as image:
+        plane = np.asarray(image)
+    if kind == "missing":
+        path.unlink()
+    elif kind == "truncated":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif kind == "not an image":
+        path.write_bytes(b"not an image at all")
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "8-bit":
+        Image.fromarray((plane >> 8).astype(np.uint8)).save(path)
+    elif kind == "wrong size":
+        Image.fromarray(plane[:-2]).save(path)
+    elif kind == "colour":
+        Image.fromarray(np.dstack([(plane >> 8).astype(np.uint8)] * 3)).save(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("missing", "is not in .*1 of 72 images are absent.*--allow_missing"),
+        ("truncated", "is truncated or not an image.*fetch it again"),
+        ("not an image", "is truncated or not an image.*fetch it again"),
+        ("empty", "is truncated or not an image.*fetch it again"),
+        ("8-bit", "is 8-bit, not 16-bit: .*--bits 8"),
+        ("wrong size", "is 80 x 62 pixels where .* 80 x 64"),
+        ("colour", "is not one grey channel"),
+    ],
+)
+def test_bad_images_are_named_with_their_row(raw, tmp_path, kind, message, capsys):
+    folder, bad = copy_of(raw, tmp_path / "raw")
+    damage(bad, kind)
+    with pytest.raises(SystemExit) as ended:
+        main(["--raw", str(folder), "--output", str(tmp_path / "out")])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("wsdino-prepare: error: ")
+    assert bad.name in error and "line 5 of" in error
+    import re
+
+    assert re.search(message, error), error
+    # What was written before is kept and no shard is half-written under its final name.
+    assert not (tmp_path / "out" / "README.md").exists()
+    from pyarrow import parquet
+
+    for shard in (tmp_path / "out").rglob("*.parquet"):
+        parquet.read_table(shard)
+
+
+def test_an_error_in_a_worker_process_is_the_same_sentence(raw, tmp_path):
+    folder, bad = copy_of(raw, tmp_path / "raw")
+    damage(bad, "truncated")
+    with pytest.raises(ScreenError, match=f"{bad.name}.*truncated"):
+        build_dataset(folder, tmp_path / "out", workers=2, progress=False)
+
+
+def test_any_number_of_workers_builds_the_same_shards(raw, built, tmp_path):
+    build_dataset(raw, tmp_path / "out", workers=2, progress=False)
+    names = sorted(path.relative_to(built) for path in built.rglob("*") if path.suffix in (".parquet", ".png"))
+    assert names == sorted(
+        path.relative_to(tmp_path / "out")
+        for path in (tmp_path / "out").rglob("*")
+        if path.suffix in (".parquet", ".png")
+    )
+    for name in names:
+        assert (built / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def test_illumination_is_the_paper_s_and_saved(raw, built, tmp_path):
+    """Oracle: CellProfiler's steps written plainly, with scikit-image's resize."""
+    from scipy import ndimage
+    from skimage.morphology import disk
+    from skimage.transform import resize
+
+    record = json.loads((built / "build.json").read_text())["plates"][0]
+    radius = int(320 * min(64 / 1024, 80 / 1280) / 2.35 + 0.5)
+    rows = [row for row in table_of(raw) if row["Image_Metadata_Plate_DAPI"] == record["plate"]]
+    images = {}
+    for row in rows:
+        name = row["Image_PathName_Actin"] + "/" + row["Image_FileName_Actin"]
+        with Image.open(raw / name) as image:
+            images[name] = np.asarray(image).astype(float) / 65535
+    mean = sum(images.values()) / len(images)
+    average = (mean * 65535 + 1e-6).astype(np.uint16)
+    smooth = ndimage.median_filter(average, footprint=disk(radius), mode="nearest").astype(float)
+    minimum = np.sort(smooth[smooth > 0])[int((smooth > 0).sum() * 0.02)]
+    function = np.maximum(smooth, minimum) / minimum
+
+    with Image.open(built / record["functions"]["actin"]["file"]["path"]) as image:
+        levels = np.asarray(image)
+    np.testing.assert_allclose(levels / levels.min(), function, rtol=1e-6)
+    checked = 0
+    for row in load(built, "all", tmp_path):
+        if row["actin_file"] in images:
+            corrected = np.clip(images[row["actin_file"]] / function, 0, 1)
+            expected = np.rint(resize(corrected, (32, 40), order=3, mode="symmetric") * 65535)
+            assert np.abs(np.asarray(row["actin"]).astype(int) - expected).max() <= 1
+            checked += 1
+    assert checked == len(rows)
+
+
+def test_no_plane_is_stored_twice(built):
+    from pyarrow import parquet
+
+    seen = set()
+    for shard in built.rglob("*.parquet"):
+        for name in parquet.read_table(shard, columns=["dna_file"])["dna_file"].to_pylist():
+            assert name not in seen
+            seen.add(name)
+
+
+def test_card_is_what_the_hub_reads(built):
+    from huggingface_hub import DatasetCard
+
+    card = DatasetCard.load(built / "README.md")
+    configs = {config["config_name"]: config for config in card.data.to_dict()["configs"]}
+    assert set(configs) == {"annotated", "dmso", "unannotated", "all"}
+    assert configs["all"]["data_files"][0]["path"] == [
+        f"data/{part}/train-*.parquet" for part in ("annotated", "dmso", "unannotated")
+    ]
+    assert configs["annotated"]["default"] is True
+    infos = {info["config_name"]: info for info in card.data.to_dict()["dataset_info"]}
+    names = [feature["name"] for feature in infos["all"]["features"]]
+    for name in names:
+        assert f"`{name}`" in card.text, name
+    assert "{" not in card.text.replace("{caie", "").split("```")[0]
+    assert "simulated" in card.text
+
+
+def test_streaming_pushdown_and_nodes(built):
+    from datasets.distributed import split_dataset_by_node
+
+    stream = load_dataset(str(built), "all", split="train", streaming=True)
+    total = sum(1 for _ in stream.select_columns(["treatment"]))
+    assert total == sum(
+        sum(record["rows"].values()) for record in json.loads((built / "build.json").read_text())["plates"]
+    )
+    narrow = load_dataset(str(built), "dmso", split="train", streaming=True, columns=["dna", "plate"])
+    row = next(iter(narrow))
+    assert set(row) == {"dna", "plate"} and np.asarray(row["dna"]).dtype == np.uint16
+    halves = [
+        [row["dna_file"] for row in split_dataset_by_node(stream.select_columns(["dna_file"]), rank=r, world_size=2)]
+        for r in range(2)
+    ]
+    assert not set(halves[0]) & set(halves[1])
+    assert len(halves[0]) + len(halves[1]) == total
+
+
+def test_builder_class_gives_the_same_rows(raw, built, tmp_path):
+    from dataset_scripts import BBBC021
+
+    builder = BBBC021(cache_dir=str(tmp_path / "own"), config_name="dmso", raw=raw)
+    builder.download_and_prepare()
+    made = {row["dna_file"]: row for row in builder.as_dataset(split="train")}
+    expected = load(built, "dmso", tmp_path)
+    assert len(made) == len(expected)
+    for row in expected:
+        other = made[row["dna_file"]]
+        assert (np.asarray(row["tubulin"]) == np.asarray(other["tubulin"])).all()
+        assert {k: row[k] for k in COLUMNS - {"dna", "tubulin", "actin", "preview"}} == {
+            k: other[k] for k in COLUMNS - {"dna", "tubulin", "actin", "preview"}
+        }
+
+
+def test_a_rebuilt_folder_is_never_served_from_an_old_cache(raw, tmp_path):
+    import shutil
+
+    from dataset_scripts import open_planes
+
+    first = tmp_path / "out"
+    build_dataset(raw, first, illumination=False, progress=False)
+    before = np.array(open_planes(load(first, "dmso", tmp_path), "actin", tmp_path / "planes", progress=False))
+    shutil.rmtree(first)
+    build_dataset(raw, first, illumination=True, progress=False)
+    data = load(first, "dmso", tmp_path)
+    after = open_planes(data, "actin", tmp_path / "planes", progress=False)
+    assert (after != before).any()
+    assert all((after[i] == np.asarray(data[i]["actin"])).all() for i in range(len(data)))
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_five_channels_of_another_screen(tmp_path, bits):
+    from dataset_scripts import ScreenColumns
+
+    rng = np.random.default_rng(0)
+    names = ("dna", "er", "rna", "agp", "mito")
+    lines = ["Plate,Well,Site,Drug,Dose," + ",".join(f"File_{name}" for name in names)]
+    for i in range(12):
+        files = []
+        for name in names:
+            plane = rng.integers(0, 2**bits, (20, 24)).astype(np.uint8 if bits == 8 else np.uint16)
+            Image.fromarray(plane).save(tmp_path / f"{name}{i}.png")
+            files.append(f"{name}{i}.png")
+        drug = ("none", "aspirin", "ibuprofen")[i % 3]
+        lines.append(f"run{i // 6}-plate{i // 6},A{i:02d},1,{drug},{i % 3}," + ",".join(files))
+    (tmp_path / "load_data.csv").write_text("\n".join(lines) + "\n")
+    columns = ScreenColumns(
+        channels={name: (f"File_{name}", None) for name in names},
+        plate="Plate",
+        well="Well",
+        site="Site",
+        compound="Drug",
+        concentration="Dose",
+        replicate=None,
+        batch_pattern=r"^(run\d+)",
+        control="none",
+    )
+    build_dataset(
+        tmp_path,
+        tmp_path / "out",
+        image_csv=tmp_path / "load_data.csv",
+        columns=columns,
+        bits=bits,
+        resize=1.0,
+        illumination=False,
+        source="my screen",
+        progress=False,
+    )
+    data = load(tmp_path / "out", "all", tmp_path)
+    assert len(data) == 12 and set(data["source"]) == {"my screen"} and set(data["batch"]) == {"run0", "run1"}
+    for row in data:
+        for name in names:
+            with Image.open(tmp_path / row[f"{name}_file"]) as image:
+                assert (np.asarray(image) == np.asarray(row[name])).all()
+
+
+def test_plates_are_added_by_name_and_never_dropped_silently(raw, tmp_path):
+    plates = sorted({row["Image_Metadata_Plate_DAPI"] for row in table_of(raw)})
+    build_dataset(raw, tmp_path / "out", plates=plates[:1], progress=False)
+    with pytest.raises(ScreenError, match=plates[0]):
+        build_dataset(raw, tmp_path / "out", plates=plates[1:2], progress=False)
+    build_dataset(raw, tmp_path / "out", plates=plates[:2], progress=False)
+    assert set(load(tmp_path / "out", "all", tmp_path)["plate"]) == set(plates[:2])
+    with pytest.raises(ScreenError, match="no plate 'Week77_1'"):
+        build_dataset(raw, tmp_path / "other", plates=["Week77_1"], progress=False)
+
+
+@pytest.mark.skipif(
+    "WSDINO_BBBC021_METADATA" not in __import__("os").environ,
+    reason="WSDINO_BBBC021_METADATA names no folder with the official tables",
+)
+def test_the_real_tables_and_fields(tmp_path, capsys):
+    import os
+    from pathlib import Path
+
+    folder = Path(os.environ["WSDINO_BBBC021_METADATA"])
+    image = next(folder.glob("BBBC021_v1_image.csv*"))
+    build_dataset(
+        folder / "fields",
+        tmp_path / "out",
+        image_csv=image,
+        moa_csv=folder / "BBBC021_v1_moa.csv",
+        allow_missing=True,
+    )
+    said = capsys.readouterr().out
+    present = len(list((folder / "fields").glob("*.tif")))
+    assert f"of the 13,200 fields in {image}, {13200 - present:,} are absent" in said
+    data = load(tmp_path / "out", "all", tmp_path)
+    assert len(data) == present and set(data["source"]) == {"BBBC021v1"}
+    for row in data:
+        for channel in ("dna", "tubulin", "actin"):
+            if row[channel] is not None:
+                assert np.asarray(row[channel]).shape == (512, 640)
