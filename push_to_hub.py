@@ -79,7 +79,8 @@ def build_repositories(
     *,
     namespace: str,
     name: str | None = None,
-    dataset: Path | None = None,
+    dataset: str | Path | None = None,
+    dataset_on_hub: str | None = None,
     parts: tuple[str, ...] = PARTS,
 ) -> list[Repository]:
     """Write the folders of a run's repositories under `staging`; a dataset is taken where it lies.
@@ -92,8 +93,10 @@ def build_repositories(
         Where the folders are written, one a repository.
     namespace, name : str
         User or organisation, and what the repositories' names begin with (default `wsdino-<network>-<dataset>`).
-    dataset : Path, optional
-        The built dataset's folder; by default the one that the run was trained on, if it is a folder here.
+    dataset : str or Path, optional
+        The built dataset's folder; by default the one that the run was trained on.
+    dataset_on_hub : str, optional
+        The dataset's repository for the cards to name, where the dataset is not published with them.
     parts : tuple of str
         Which of models, metric and dataset.
 
@@ -116,19 +119,22 @@ def build_repositories(
     slug, words = dataset_names(results)
     name = name or f"wsdino-{architecture_name(first)}-{slug}"
     repositories = []
-    trained_on = ((results.get("settings") or {}).get("dataset") or {}).get("path")
+    dataset = dataset or ((results.get("settings") or {}).get("dataset") or {}).get("path")
     dataset_id = None
-    if dataset is None and trained_on and Path(trained_on).is_dir():
-        dataset = Path(trained_on)
-    if dataset is not None and "dataset" in parts:
-        if not (dataset / "README.md").is_file():
+    if "dataset" in parts:
+        folder = Path(dataset or "")
+        if dataset and folder.is_dir():
+            if not (folder / "README.md").is_file():
+                raise PushError(f"{folder} is not a built dataset, for it has no README.md: run wsdino-prepare.")
+            dataset_id = f"{namespace}/{f'{name}-screen' if results['simulated'] else slug}"
+            repositories.append(Repository(dataset_id, "dataset", folder))
+        else:
             raise PushError(
-                f"{dataset} is not a built dataset, for it has no README.md: build it with wsdino-prepare."
+                f"the dataset {dataset or 'of the run'} is not a folder here: name it with --dataset, or leave it out "
+                "with --parts models metric."
             )
-        dataset_id = f"{namespace}/{slug if slug != 'simulated' else name + '-screen'}"
-        repositories.append(Repository(dataset_id, "dataset", dataset))
-    elif trained_on and trained_on.count("/") == 1 and not Path(trained_on).exists():
-        dataset_id = trained_on  # it was trained on a dataset of the Hub
+    elif dataset_on_hub:
+        dataset_id = dataset_on_hub
     if "metric" in parts:
         repository = Repository(f"{namespace}/not_same_compound", "space", staging / "not_same_compound")
         repository.folder.mkdir(parents=True)
@@ -274,7 +280,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def publish(arguments: argparse.Namespace) -> None:
     """Build the folders, then push them unless this is a dry run."""
-    options = {"name": arguments.name, "dataset": arguments.dataset, "parts": tuple(arguments.parts)}
+    options = {name: getattr(arguments, name) for name in ("name", "dataset", "dataset_on_hub")}
+    options["parts"] = tuple(arguments.parts)
     if arguments.dry_run is not None:
         if arguments.dry_run.exists() and any(arguments.dry_run.iterdir()):
             raise PushError(f"{arguments.dry_run} is not empty: name a new folder for the dry run.")

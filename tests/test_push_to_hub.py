@@ -266,6 +266,9 @@ def test_a_dry_run_writes_folders_that_load_and_asks_nobody(run, tmp_path, capsy
     names = {path.name for path in (tmp_path / "hub").iterdir()}
     assert names == {"cells", "cells-dna", "cells-tubulin", "cells-actin", "not_same_compound"}
     assert "org/cells-actin" in capsys.readouterr().out
+    flags = ["--parts", "models", "--dataset_on_hub", "org/screen", "--dry_run", str(tmp_path / "linked")]
+    push_to_hub.main([str(run), *flags])
+    assert ModelCard.load(tmp_path / "linked" / NAME / "README.md").data.datasets == ["org/screen"]
     assert WSDinoModel.from_pretrained(tmp_path / "hub" / "cells-actin").config.channel_names == ["actin"]
     assert 'pipeline("feature-extraction", model="org/cells"' in (tmp_path / "hub" / "cells" / "README.md").read_text()
 
@@ -283,6 +286,7 @@ def test_mistakes_end_the_command_with_status_2_and_one_sentence(run, tmp_path, 
         ([tmp_path / "broken"], "results.json is not JSON"),
         ([tmp_path / "untrained"], "holds no trained model"),
         ([run, "--dataset", empty], "is not a built dataset"),
+        ([run, "--dataset", "data/elsewhere"], "data/elsewhere is not a folder here: name it with --dataset, or leave"),
     ]:
         with pytest.raises(SystemExit) as ended:
             push_to_hub.main([*map(str, flags), "--dry_run", str(tmp_path / "hub")])
