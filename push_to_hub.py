@@ -265,9 +265,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="run folder with results.json")
     parser.add_argument("--namespace", metavar="ORG", help="user or organisation; default: the token's user")
     parser.add_argument("--name", help="what names begin with; default: wsdino-<network>-<dataset>")
-    parser.add_argument(
-        "--dataset", type=Path, metavar="FOLDER", help="the built dataset; default: the run's, if here"
-    )
+    parser.add_argument("--dataset", metavar="FOLDER", help="the built dataset; default: the one trained on")
+    parser.add_argument("--dataset_on_hub", metavar="ID", help="for cards, when the dataset is not among --parts")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to publish")
     parser.add_argument("--private", action="store_true", help="create private repositories")
     parser.add_argument("--dry_run", type=Path, metavar="DIR", help="write the folders there and upload nothing")
