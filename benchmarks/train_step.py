@@ -1,0 +1,211 @@
+"""Is the training step fast? Ours against the plain one, interleaved in one run, with equal results checked first.
+
+    python -m benchmarks.train_step                 # ViT-S/8, the paper's crops and head, batch 2, CPU
+    python -m benchmarks.train_step --gpu           # batch 16, float32 and bf16 against plain float32
+    python -m benchmarks.train_step --data          # what the loader costs beside the step
+
+Plain is `benchmarks/plain_dino.py`: softmax attention written out, one loss a pair of views, AdamW and the teacher's
+average one parameter at a time, memory as the system gives it. A step is everything from cut windows to the moved
+teacher. Each kind lives in a process of its own and they take turns; figures are medians, and the share is of the
+matrix-product rate measured between the turns, with the operations that the plain step needs.
+"""
+
+import argparse
+import json
+import multiprocessing
+import platform
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+
+import train_accelerate
+from benchmarks.plain_dino import PlainDino
+from pretraining_wsdino import PairBatchSampler, PlanePairs
+
+
+def screen(rows: int, height: int = 512, width: int = 640) -> datasets.Dataset:
+    """Noise of the right size and depth: the cost of a step does not depend on what the images show."""
+    random = np.random.default_rng(0)
+    planes = [random.integers(400, 4095, (height, width), dtype=np.uint16) for _ in range(rows)]
+    columns = {"dna": planes, "compound": [f"compound {row % 4}" for row in range(rows)]}
+    features = datasets.Features({"dna": datasets.Image(), "compound": datasets.Value("string")})
+    return datasets.Dataset.from_dict(columns, features=features)
+
+
+def operations(a, hidden: int, layers: int, ratio: float = 4.0) -> float:
+    """Floating-point operations of one image's plain step: forward of both networks, backward twice the student's."""
+
+    def forward(views: int, size: int) -> float:
+        tokens = (size // a.patch_size) ** 2 + 1
+        block = 2 * tokens * hidden * hidden * (4 + 2 * ratio) + 4 * tokens * tokens * hidden
+        return views * (layers * block + 2 * tokens * 3 * a.patch_size**2 * hidden)
+
+    teacher = forward(a.global_crops, a.global_crop_size)
+    return teacher + 3 * (teacher + forward(a.local_crops, a.local_crop_size))
+
+
+def matmul_rate(device: str, dtype: torch.dtype, size: int, repeats: int = 5) -> float:
+    """Operations a second of a square matrix product, the best of a few."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    times = []
+    for _ in range(repeats):
+        start = now(device)
+        a @ b
+        times.append(now(device) - start)
+    return 2 * size**3 / min(times)
+
+
+def now(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def make_run(arguments, dataset, folder: str):
+    return train_accelerate.ChannelRun(arguments, "dna", dataset, Path(folder))
+
+
+def batches(run, steps: int) -> list[dict]:
+    sampler = PairBatchSampler(run.pairs, batch_size=run.arguments.batch_size, total_steps=steps)
+    planes = PlanePairs(run.planes)
+    return [run.collator([planes[pair] for pair in pairs]) for pairs in sampler]
+
+
+def plain_of(run) -> PlainDino:
+    network = run.accelerator.unwrap_model(run.student)
+    projection = {name.removeprefix("mlp."): value for name, value in network.head.mlp.named_parameters("mlp")}
+    weight = network.head.last_layer.parametrizations.weight
+    projection |= {"length": weight.original0, "direction": weight.original1}
+    device = run.accelerator.device
+    plain = PlainDino(
+        {name: value.to(device) for name, value in network.backbone.to_dino_state_dict().items()},
+        projection,
+        heads=run.arguments.num_attention_heads,
+        patch=run.arguments.patch_size,
+    )
+    plain.center = plain.center.to(device)
+    return plain
+
+
+def plain_step(run, plain: PlainDino, batch: dict, learning_rate: float) -> float:
+    a = run.arguments
+    views = {
+        part: list(run._views(batch[part], size).split(a.batch_size))
+        for part, size in (("global", a.global_crop_size), ("local", a.local_crop_size))
+    }
+    loss, _ = plain.step(views["global"], views["local"], learning_rate=learning_rate, momentum=a.teacher_momentum)
+    return loss
+
+
+def worker(kind: str, arguments, folder: str, rounds: int, connection) -> None:
+    """A process that holds one kind of step and takes one whenever it is asked: (seconds, loss)."""
+    device = "cuda" if torch.cuda.is_available() and "gpu" in kind else "cpu"
+    if kind.startswith("plain"):
+        run = make_run(arguments, screen(64), folder)
+        plain = plain_of(run)
+    else:
+        train_accelerate.keep_freed_memory()  # part of what is compared: the plain process keeps the defaults
+        run = make_run(replace(arguments, mixed_precision="bf16" if "bf16" in kind else "no"), screen(64), folder)
+    steps = batches(run, rounds + 1)
+    connection.send("ready")
+    for step in iter(connection.recv, None):
+        start = now(device)
+        if kind.startswith("plain"):
+            loss = plain_step(run, plain, steps[step], arguments.learning_rate)
+        else:
+            loss = float(run._step(step, [steps[step]])["loss"])
+        connection.send((now(device) - start, loss))
+    connection.send(torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0)
+
+
+def hardware(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    names = [line.split(":")[1].strip() for line in cpuinfo() if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch_size", type=int, help="pairs a step: 2 on a CPU, 16 on a GPU if not given")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each kind, after one that warms up")
+    parser.add_argument("--gpu", action="store_true", help="run on the GPU and time bf16 as well")
+    parser.add_argument("--data", action="store_true", help="time the cutting of windows alone, too")
+    parser.add_argument("--output", type=Path, help="also write the figures as JSON")
+    given = parser.parse_args()
+    if given.gpu and not torch.cuda.is_available():
+        parser.exit(2, "train_step: error: --gpu was given, but torch sees no GPU.\n")
+    device = "cuda" if given.gpu else "cpu"
+    _, arguments = train_accelerate.parse_arguments(["--preset", "paper", "--init", "random", "--channels", "dna"])
+    batch = given.batch_size or (16 if given.gpu else 2)
+    arguments = replace(arguments, batch_size=batch, drop_path_rate=0.0, warmup_epochs=0, freeze_last_layer_epochs=0)
+    kinds = ["plain float32", "ours float32"] + ["ours bf16"] * given.gpu
+    figures: dict = {"hardware": hardware(device), "batch_size": batch}
+    times: dict[str, list[float]] = {kind: [] for kind in kinds}
+    losses: dict[str, list[float]] = {kind: [] for kind in kinds}
+    rates: dict[str, list[float]] = {"float32": [], "bf16": []}
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        workers = {}
+        for kind in kinds:
+            mine, theirs = context.Pipe()
+            name = kind + (" gpu" if given.gpu else "")
+            process = context.Process(target=worker, args=(name, arguments, folder, given.rounds, theirs), daemon=True)
+            process.start()
+            assert mine.recv() == "ready"
+            workers[kind] = mine
+        for step in range(given.rounds + 1):
+            for kind, connection in workers.items():
+                connection.send(step)
+                seconds, loss = connection.recv()
+                times[kind].append(seconds)
+                losses[kind].append(loss)
+            rates["float32"].append(matmul_rate(device, torch.float32, 8192 if given.gpu else 2048))
+            if given.gpu:
+                rates["bf16"].append(matmul_rate(device, torch.bfloat16, 8192))
+        for kind, connection in workers.items():
+            connection.send(None)
+            figures[f"{kind}, peak GPU memory GiB"] = connection.recv()
+
+        difference = max(abs(a - b) for a, b in zip(losses["plain float32"], losses["ours float32"], strict=True))
+        figures["largest loss difference, float32"] = difference
+        work = operations(arguments, arguments.hidden_size, arguments.num_hidden_layers) * batch
+        print(f"{figures['hardware']}; batch {batch}, {work / batch / 1e9:.0f} GFLOP an image")
+        plain_time = statistics.median(times["plain float32"][1:])
+        for kind, seconds in times.items():
+            median, rate = statistics.median(seconds[1:]), statistics.median(rates[kind.split()[1]])
+            share, speedup = work / median / rate, plain_time / median
+            figures[kind] = {"seconds a step": median, "share of matmul rate": share, "speed-up": speedup}
+            print(
+                f"{kind:14} {median:7.3f} s a step  {batch / median:8.2f} images/s  {work / median / 1e9:7.0f} GFLOP/s "
+                f"= {share:4.0%} of the matmul rate ({rate / 1e9:.0f})  {speedup:5.2f}x"
+            )
+            if given.gpu:
+                print(f"{'':14} peak GPU memory {figures[f'{kind}, peak GPU memory GiB']:.1f} GiB")
+        print(f"float32 losses of {given.rounds + 1} steps agree to {difference:.1e}")
+        if difference > 1e-4:
+            raise SystemExit("The steps disagree: the figures above compare different things.")
+        if given.data:
+            run = make_run(arguments, screen(64), folder)
+            start = time.perf_counter()
+            cut = len(batches(run, 20))
+            a_batch = (time.perf_counter() - start) / cut
+            figures["seconds to cut a batch in one process"] = a_batch
+            print(f"cutting a batch of windows takes {a_batch * 1e3:.1f} ms in one process")
+    if given.output:
+        given.output.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
