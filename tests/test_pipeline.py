@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -253,6 +254,16 @@ def test_half_precision_gives_float32_near_the_exact():
     pipe.model.to(torch.bfloat16)
     half = pipe(field, return_tensors=True)
     assert half.dtype == torch.float32 and torch.dot(exact, half) > 0.98
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_compiled_model_gives_the_same_features():
+    fields = make_fields(3, 1)
+    pipe = make_pipeline()
+    expected = pipe(fields, batch_size=3)
+    pipe.model.compile(fullgraph=True)
+    np.testing.assert_allclose(pipe(fields, batch_size=3), expected, atol=1e-5)
 
 
 def test_three_channels_for_one():
