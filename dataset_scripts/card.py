@@ -127,8 +127,8 @@ def _origin(simulated: bool, official: bool) -> str:
     if official:
         return (
             "Image set BBBC021v1 (Caie et al., 2010), available from the Broad Bioimage Benchmark Collection (Ljosa "
-            "et al., 2012); annotation of mechanisms from Ljosa et al., 2013. MCF7 cells, three replicates, stained for "
-            "DNA (DAPI), beta-tubulin and F-actin. Built from the plate archives by `wsdino-prepare`."
+            "et al., 2012); annotation of mechanisms from Ljosa et al., 2013. MCF7 cells, three replicates, stained "
+            "for DNA (DAPI), beta-tubulin and F-actin. Built from the plate archives by `wsdino-prepare`."
         )
     return "Built from the screen's own images and tables by `wsdino-prepare`."
 

@@ -6,6 +6,11 @@ percentile is raised to it, then divided by it, so that the smallest value is 1)
 function and clipped to full scale (`CorrectIlluminationApply`, "Divide"), and resized by one half with
 `skimage.transform.resize` order 3 (`Resize`, "Bicubic").
 
+What that order 3 is depends on scikit-image: since 0.19 a cubic spline that passes through the pixels ("spline", the
+default here, as of the scikit-image that is installed), before that cubic convolution of 4 x 4 pixels ("bicubic").
+CellProfiler 4.0.7 asks for scikit-image >= 0.17.2, so its application of 2020 convolved. On four real fields the two
+differ by an rms of 0.4 to 1.0 % of the image's standard deviation.
+
 Two things make it fast and change nothing:
 
 - the median of a disk is the same whatever the grey levels are called, so the mean is recoded to the ranks of its
@@ -103,14 +108,35 @@ def illumination_function(levels: np.ndarray) -> np.ndarray:
     return (levels / np.float64(levels.min())).astype(np.float32)
 
 
+def _blur_before(size: int, new_size: int) -> float:
+    """Standard deviation of the Gaussian before downsampling, as scikit-image chooses it."""
+    return max(0.0, (size / new_size - 1) / 2)
+
+
 @lru_cache(maxsize=16)
-def _resize_blocks(size: int, new_size: int, block: int = 32) -> list[tuple[slice, slice, np.ndarray]]:
+def _resize_blocks(
+    size: int, new_size: int, interpolation: str, block: int = 32
+) -> list[tuple[slice, slice, np.ndarray]]:
     """The matrix of a 1-D cubic resize with anti-aliasing, as (output rows, input columns, weights) blocks."""
-    # As skimage.transform.resize(order=3, mode="symmetric"): Gaussian of (factor - 1) / 2, then a cubic spline.
+    # As skimage.transform.resize(order=3, mode="symmetric"): Gaussian of (factor - 1) / 2, then the cubic.
     identity = np.eye(size)
-    sigma = max(0.0, (size / new_size - 1) / 2)
-    smooth = ndimage.gaussian_filter1d(identity, sigma, axis=0, mode="reflect") if sigma else identity
-    weights = ndimage.zoom(smooth, (new_size / size, 1), order=3, mode="reflect", grid_mode=True)
+    if interpolation == "spline":
+        sigma = _blur_before(size, new_size)
+        smooth = ndimage.gaussian_filter1d(identity, sigma, axis=0, mode="reflect") if sigma else identity
+        weights = ndimage.zoom(smooth, (new_size / size, 1), order=3, mode="reflect", grid_mode=True)
+    elif interpolation == "bicubic":
+        centre = (np.arange(new_size) + 0.5) * (size / new_size) - 0.5
+        first = np.floor(centre).astype(int) - 1
+        weights = np.zeros((new_size, size))
+        for k in range(4):
+            at = first + k
+            away = np.abs(centre - at)
+            # Keys' kernel with a = -1/2, as scikit-image's warp.
+            near, far = 1.5 * away**3 - 2.5 * away**2 + 1, -0.5 * away**3 + 2.5 * away**2 - 4 * away + 2
+            mirrored = np.where(at < 0, -1 - at, np.where(at >= size, 2 * size - 1 - at, at))
+            weights += np.where(away <= 1, near, far)[:, None] * identity[mirrored]
+    else:
+        raise ValueError(f"interpolation {interpolation!r} is unknown: choose 'spline' or 'bicubic'")
     blocks = []
     for start in range(0, new_size, block):
         part = weights[start : start + block]
@@ -120,7 +146,7 @@ def _resize_blocks(size: int, new_size: int, block: int = 32) -> list[tuple[slic
     return blocks
 
 
-def resize_plane(plane: np.ndarray, new_size: tuple[int, int]) -> np.ndarray:
+def resize_plane(plane: np.ndarray, new_size: tuple[int, int], interpolation: str = "spline") -> np.ndarray:
     """`skimage.transform.resize(plane, new_size, order=3, mode="symmetric")`, to float32 precision.
 
     Parameters
@@ -128,22 +154,30 @@ def resize_plane(plane: np.ndarray, new_size: tuple[int, int]) -> np.ndarray:
     plane : numpy.ndarray
         `(rows, columns)` float32.
     new_size : (rows, columns)
+    interpolation : str
+        "spline" (scikit-image 0.19 and later) or "bicubic" (before).
 
     Returns
     -------
     numpy.ndarray
         float32 `new_size`, within the range of `plane`.
     """
+    if interpolation == "bicubic":
+        # Blurred apart, for scikit-image then clipped to the range of the blurred image.
+        sigma = [_blur_before(*sizes) for sizes in zip(plane.shape, new_size, strict=True)]
+        plane = ndimage.gaussian_filter(plane, sigma, mode="reflect")
     rows = np.empty((new_size[0], plane.shape[1]), np.float32)
-    for out, used, weights in _resize_blocks(plane.shape[0], new_size[0]):
+    for out, used, weights in _resize_blocks(plane.shape[0], new_size[0], interpolation):
         np.matmul(weights, plane[used], out=rows[out])
     result = np.empty(new_size, np.float32)
-    for out, used, weights in _resize_blocks(plane.shape[1], new_size[1]):
+    for out, used, weights in _resize_blocks(plane.shape[1], new_size[1], interpolation):
         result[:, out] = rows[:, used] @ weights.T
     return np.clip(result, plane.min(), plane.max(), out=result)
 
 
-def correct_plane(plane: np.ndarray, function: np.ndarray | None, resize: float = 0.5) -> np.ndarray:
+def correct_plane(
+    plane: np.ndarray, function: np.ndarray | None, resize: float = 0.5, interpolation: str = "spline"
+) -> np.ndarray:
     """Divide a raw plane by the illumination function, clip to full scale, resize, and return 16 bits again.
 
     Parameters
@@ -154,6 +188,8 @@ def correct_plane(plane: np.ndarray, function: np.ndarray | None, resize: float 
         `(rows, columns)` from :func:`illumination_function`; None divides by nothing.
     resize : float
         Factor of both sides.
+    interpolation : str
+        See :func:`resize_plane`.
 
     Returns
     -------
@@ -169,5 +205,5 @@ def correct_plane(plane: np.ndarray, function: np.ndarray | None, resize: float 
         np.clip(corrected, 0, FULL_SCALE, out=corrected)
     if resize != 1:
         new_size = (max(1, round(plane.shape[0] * resize)), max(1, round(plane.shape[1] * resize)))
-        corrected = resize_plane(corrected, new_size)
+        corrected = resize_plane(corrected, new_size, interpolation)
     return np.rint(corrected, out=corrected).astype(np.uint16)

@@ -38,6 +38,8 @@ class Preprocessing:
         "edge" (CellProfiler 4.0, the paper's) or "inside" (4.2 and later).
     resize : float
         Factor of both sides.
+    interpolation : str
+        "spline" (order 3 of scikit-image 0.19 and later) or "bicubic" (of earlier ones).
     minimum_images : int
         A plate and channel with fewer images is not corrected: their mean still shows the cells themselves, and
         dividing by it would erase them.
@@ -49,6 +51,7 @@ class Preprocessing:
     filter_size: float | None = None
     border: str = "edge"
     resize: float = 0.5
+    interpolation: str = "spline"
     minimum_images: int = 8
     bits: int = 16
 
@@ -233,7 +236,7 @@ def plate_rows(
             plane = None
             if path is not None:
                 plane = read_plane(path, preprocessing.bits, size, _where(record))
-                plane = correct_plane(plane, functions.get(channel), preprocessing.resize)
+                plane = correct_plane(plane, functions.get(channel), preprocessing.resize, preprocessing.interpolation)
             planes.append(plane)
             name = f"{record['plate']}_{record['well']}_s{record['site']}_{channel}.png"
             row[channel] = None if plane is None else {"bytes": encode_png(plane), "path": name}

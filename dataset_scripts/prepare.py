@@ -73,6 +73,7 @@ def build_dataset(
     filter_size: float | None = None,
     border: str = "edge",
     resize: float = 0.5,
+    interpolation: str = "spline",
     bits: int = 16,
     plates: list[str] | None = None,
     source: str | None = None,
@@ -97,7 +98,7 @@ def build_dataset(
         Column mapping and channels of another screen.
     allow_missing : bool
         Build what is there: a missing channel becomes a null image, a field without images is left out and counted.
-    illumination, filter_size, border, resize, bits
+    illumination, filter_size, border, resize, interpolation, bits
         See :class:`dataset_scripts.plates.Preprocessing`.
     plates : list of str, optional
         Build only these plates.
@@ -131,7 +132,7 @@ def build_dataset(
             # The compound table is of no use here, and some copies of the screen lack it.
             if name != "BBBC021_v1_compound.csv" or downloader.sizes([name])[name] is not None:
                 downloader.fetch(name)
-    preprocessing = Preprocessing(illumination, filter_size, border, resize, bits=bits)
+    preprocessing = Preprocessing(illumination, filter_size, border, resize, interpolation, bits=bits)
     screen = RawScreen(
         raw,
         image_csv and Path(image_csv),
@@ -557,6 +558,12 @@ def main(argv=None) -> None:
         help="median at the border: as CellProfiler 4.0 (edge) or 4.2 (inside) (default: %(default)s)",
     )
     parser.add_argument("--resize", type=float, default=0.5, help="factor of both sides (default: %(default)s)")
+    parser.add_argument(
+        "--interpolation",
+        default="spline",
+        choices=("spline", "bicubic"),
+        help="cubic of the resizing: as scikit-image since 0.19 (spline) or before (bicubic) (default: %(default)s)",
+    )
     parser.add_argument("--bits", type=int, default=16, choices=(8, 16), help="of the raw images (default: 16)")
     parser.add_argument("--plates", help="build only these, separated by commas")
     parser.add_argument("--download", action="store_true", help="fetch the tables and plate archives to --raw first")
@@ -577,6 +584,7 @@ def main(argv=None) -> None:
             filter_size=args.filter_size,
             border=args.border,
             resize=args.resize,
+            interpolation=args.interpolation,
             bits=args.bits,
             plates=[name for name in args.plates.split(",") if name] if args.plates else None,
             source=args.source,

@@ -106,6 +106,22 @@ def test_resize_equals_scikit_image(size, new_size):
     np.testing.assert_allclose(found, expected, atol=2e-6)
 
 
+@pytest.mark.parametrize(("size", "new_size"), [((70, 90), (35, 45)), ((71, 93), (36, 46))])
+def test_bicubic_resize_equals_scikit_image_0_17(size, new_size):
+    """Its resize was a Gaussian and a warp of order 3, which today's warp still is."""
+    from skimage.transform import AffineTransform, warp
+
+    image = np.random.default_rng(2).uniform(size=size)
+    factors = np.array(size) / np.array(new_size)
+    smooth = ndimage.gaussian_filter(image, (factors - 1) / 2, mode="reflect")
+    map_ = AffineTransform(scale=factors[::-1], translation=0.5 * factors[::-1] - 0.5)
+    expected = warp(smooth, map_, output_shape=new_size, order=3, mode="symmetric")
+    found = resize_plane(image.astype(np.float32), new_size, "bicubic")
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+    with pytest.raises(ValueError, match="interpolation"):
+        resize_plane(image.astype(np.float32), new_size, "nearest")
+
+
 def test_corrected_planes_equal_the_plain_way(plane):
     levels = illumination_levels(plane, 30)
     function = illumination_function(levels)
