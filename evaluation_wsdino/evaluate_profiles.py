@@ -13,7 +13,8 @@ counts            fields, dmso_fields, treatments, scored_treatments, compounds,
 sets.<set>        of each profile file: nsc, nscb, nsc_correct, nsc_total, nscb_correct, nscb_total, nscb_excluded, ...
                   (every key of the not_same_compound metric), nsc_wilson, nsc_bootstrap (95 % intervals, treatments
                   taken as independent, and compounds drawn anew), nsc_null (see `permutation_null`), and for nscb;
-                  treatments (names in the order of the queries' `row`), batches, map (x and y of each, `map_method`),
+                  treatments (names in the order of the queries' `row`), batches, map (x and y of each treatment, of the
+                  headline's set alone) and map_method,
                   five_nearest (nsc and nscb when five neighbours vote), reproducibility (`replicate_reproducibility`),
                   batch_effect (`control_batch_effect`), retrieval (`mean_average_precision`, where it was asked for),
                   channels.<channel> (nsc, nscb, ... of that channel alone; participation_ratio of its raw features)
@@ -21,7 +22,7 @@ training.<channel> last_step, last_loss, and collapse: verdict ("healthy", "susp
                   reasons (sentences), last (the monitors' last values)
 comparisons       for every set but the headline's: {"first": set, "second": headline's, "nsc": ..., "nscb": ...}, see
                   `compare_paired`
-headline          the set the run is about ("trained", else the first) and its nsc and nscb
+headline          the set the run is about ("trained", else the last) and its nsc and nscb
 """
 
 import argparse
@@ -48,7 +49,7 @@ from .profiles import (
 )
 from .uncertainty import bootstrap_interval, compare_paired, permutation_null, wilson_interval
 
-SETS = ("untrained", "intensity", "init", "trained")  # the order in which sets are shown; others follow by name
+SETS = ("untrained", "intensity", "initial", "trained")  # the order in which sets are shown; others follow by name
 
 
 def participation_ratio(features):
@@ -59,13 +60,15 @@ def participation_ratio(features):
     """
     features = np.asarray(features, dtype=np.float64)
     centred = features - features.mean(axis=0)
-    variance = np.linalg.svd(centred, compute_uv=False) ** 2
-    if variance.sum() <= 1e-24 * max((features**2).sum(), 1e-300):
+    total = (centred**2).sum()
+    if total <= 1e-24 * max((features**2).sum(), 1e-300):
         return 0.0
-    return float(variance.sum() ** 2 / (variance**2).sum())
+    # The sum of squared eigenvalues is that of the squared entries of the covariance, or of the smaller product.
+    product = centred.T @ centred if centred.shape[0] >= centred.shape[1] else centred @ centred.T
+    return float(total**2 / (product**2).sum())
 
 
-def collapse_verdict(lines, num_prototypes=None):
+def collapse_verdict(lines, num_prototypes=None, untrained_ratio=None):
     """Whether the last monitors of a `metrics.jsonl` look like a collapsed teacher.
 
     Parameters
@@ -74,6 +77,9 @@ def collapse_verdict(lines, num_prototypes=None):
         The log's lines in order, as in the run folder's description.
     num_prototypes : int or None
         Outputs of the head, K; without it a near-uniform teacher cannot be told.
+    untrained_ratio : float or None
+        Participation ratio of the untrained network's features, below which a trained one is suspect. (Pictures that
+        differ most in brightness give a ratio near 1 even to random weights.)
 
     Returns
     -------
@@ -100,10 +106,9 @@ def collapse_verdict(lines, num_prototypes=None):
         information = last["mean_entropy"] - last["teacher_entropy"]
         if information < 0.02 * (uniform or math.log(2)):
             suspect.append(f"the targets hardly differ between images (difference of the entropies {information:.3g})")
-    if "participation_ratio" in last and last["participation_ratio"] < 1.5:
-        suspect.append(
-            f"the features vary along about one direction (participation ratio {last['participation_ratio']:.3g})"
-        )
+    ratio = last.get("participation_ratio", math.inf)
+    if ratio < 1.5 and (untrained_ratio is None or ratio < 0.9 * untrained_ratio):
+        suspect.append(f"the features vary along about one direction (participation ratio {ratio:.3g})")
     verdict = "collapsed" if collapsed else "suspect" if suspect else "healthy"
     return {"verdict": verdict, "reasons": collapsed + suspect, "last": last}
 
@@ -146,7 +151,9 @@ def score_treatments(treatments, **options):
     )
 
 
-def evaluate_set(profiles, normalizer=None, *, group_by=None, unit="plate", details=True, retrieval=False, **options):
+def evaluate_set(
+    profiles, normalizer=None, *, group_by=None, unit="plate", details=True, plot=True, retrieval=False, **options
+):
     """Scores of one profile table, all channels together and each alone.
 
     Parameters
@@ -161,6 +168,8 @@ def evaluate_set(profiles, normalizer=None, *, group_by=None, unit="plate", deta
         See `aggregate_profiles`.
     details : bool
         False leaves out intervals, null, map and measures: the quick look that training takes.
+    plot : bool
+        Place the treatments on a map.
     retrieval : bool
         Compute mAP too (needs copairs).
     **options
@@ -202,7 +211,8 @@ def evaluate_set(profiles, normalizer=None, *, group_by=None, unit="plate", deta
             [query["correct"] for query in scored], [query["compound"] for query in scored]
         )
         result[f"{prefix}_null"] = permutation_null(result[f"{prefix}_queries"])
-    result["map"], result["map_method"] = map_treatments(treatments[columns].to_numpy())
+    if plot:
+        result["map"], result["map_method"] = map_treatments(treatments[columns].to_numpy())
     five = score_treatments(treatments, **{**options, "k": 5})
     result["five_nearest"] = {prefix: five[prefix] for prefix in ("nsc", "nscb")}
     result["reproducibility"] = replicate_reproducibility(normalized)
@@ -293,8 +303,10 @@ def _counts(profiles):
     }
 
 
-def _training(run):
+def _training(run, sets):
     training = {}
+    channels = sets["untrained"]["channels"] if "untrained" in sets else {}
+    untrained = {name: part["participation_ratio"] for name, part in channels.items()}
     settings = _settings(run) or {}
     arguments = settings.get("arguments") if isinstance(settings.get("arguments"), dict) else settings
     prototypes = next(
@@ -306,7 +318,7 @@ def _training(run):
         training[log.parent.name] = {
             "last_step": steps[-1].get("step") if steps else None,
             "last_loss": steps[-1]["loss"] if steps else None,
-            "collapse": collapse_verdict(lines, prototypes),
+            "collapse": collapse_verdict(lines, prototypes, untrained.get(log.parent.name)),
         }
     return training
 
@@ -365,17 +377,17 @@ def evaluate_run(run_folder, *, normalizer=None, progress=True, **options):
     order = sorted(files, key=lambda name: (SETS.index(name) if name in SETS else len(SETS), name))
     normalizer = normalizer or TypicalVariationNormalizer()
     unit = options.get("unit", "plate")
+    main_set = "trained" if "trained" in files else order[-1]
     sets, counts, sources = {}, {}, set()
     for name in tqdm(order, desc="Scoring", unit="set", disable=None if progress else True):
         profiles = read_profiles(files[name])
         try:
-            sets[name] = evaluate_set(profiles, normalizer, **options)
+            sets[name] = evaluate_set(profiles, normalizer, plot=name == main_set, **options)
         except ProfileError as error:
             raise ProfileError(f"{files[name]}: {error}") from None
         counts[name] = _counts(profiles)
         if "Metadata_Source" in profiles.columns:
             sources |= set(profiles["Metadata_Source"].dropna().astype(str))
-    main_set = "trained" if "trained" in sets else order[0]
     results = {
         "format": 1,
         "simulated": any("simulated" in source.lower() for source in sources),
@@ -403,7 +415,7 @@ def evaluate_run(run_folder, *, normalizer=None, progress=True, **options):
             "exclude": options.get("exclude", "single_batch"),
         },
         "sets": sets,
-        "training": _training(run),
+        "training": _training(run, sets),
         "settings": _settings(run),
         "versions": _versions(),
     }

@@ -24,7 +24,7 @@ from .uncertainty import epoch_curves
 _SET_NOTES = {
     "trained": "the network after training",
     "untrained": "the same network with random weights",
-    "init": "the network before training, as it was initialised",
+    "initial": "the network that training started from",
     "intensity": "mean, spread and percentiles of the pixels alone",
 }
 

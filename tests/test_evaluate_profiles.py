@@ -212,6 +212,12 @@ def test_the_verdict_on_collapse(line, verdict):
     assert collapse_verdict(lines, 64)["verdict"] == verdict
 
 
+def test_a_low_ratio_is_no_suspicion_where_random_weights_have_it_too():
+    line = {"teacher_entropy": 2.0, "mean_entropy": 3.5, "participation_ratio": 1.1}
+    assert collapse_verdict([line], 64, untrained_ratio=1.1)["verdict"] == "healthy"
+    assert collapse_verdict([line], 64, untrained_ratio=8.0)["verdict"] == "suspect"
+
+
 def test_batch_effect_on_fields_the_normalization_has_not_seen():
     """Control fields of twelve batches that differ by a shift alone, twelve fields a plate."""
     rng = np.random.default_rng(0)
