@@ -107,7 +107,7 @@ def load_screen(arguments: TrainingArguments, accelerator: Accelerator):
     path = arguments.dataset
     if path is None:
         path = str(SIMULATED_DEMO)
-        with accelerator.main_process_first():
+        with accelerator.local_main_process_first():
             if not (SIMULATED_DEMO / "README.md").exists():
                 raw = SIMULATED_DEMO.with_name(SIMULATED_DEMO.name + "_raw")
                 simulate_screen(raw, size="demo", seed=0)
@@ -116,7 +116,7 @@ def load_screen(arguments: TrainingArguments, accelerator: Accelerator):
         raise TrainingError(
             f"--dataset {path}: there is no such folder; build it with wsdino-prepare or give a Hub id."
         )
-    with accelerator.main_process_first():
+    with accelerator.local_main_process_first():
         try:
             dataset = load_dataset(path, arguments.part, split="train")
         except (ValueError, OSError) as error:
@@ -261,8 +261,14 @@ class ChannelRun:
     def _prepare_data(self, dataset) -> None:
         a, columns = self.arguments, dataset.column_names
         dataset = fields_with(dataset, [self.channel])
-        with self.accelerator.main_process_first():
+        with self.accelerator.local_main_process_first():
             self.planes = open_planes(dataset, self.channel)
+        height, width = self.planes.shape[1:]
+        if min(height, width) < 2 * a.tile_size:
+            raise TrainingError(
+                f"--tile_size {a.tile_size} needs fields of at least {2 * a.tile_size} x {2 * a.tile_size} pixels "
+                f"for its four tiles, and {self.channel} has {height} x {width}: choose a smaller one."
+            )
         self.max_intensity = a.max_intensity or (255.0 if self.planes.dtype == np.uint8 else 10_000.0)
         groups = {name: dataset[name] for name in ("plate", "batch") if name in columns}
         if {"plate", "well"} <= set(columns):

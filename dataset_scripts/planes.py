@@ -92,7 +92,7 @@ def _open_checked(target: Path, note: Path, count: int) -> np.ndarray | None:
         planes = np.load(target, mmap_mode="r")
     except (OSError, ValueError, KeyError):
         return None
-    if len(planes) != count or _sample_digest(planes) != known["sample"]:
+    if len(planes) != count or _sample_digest(planes) != known.get("sample"):
         return None
     return planes
 

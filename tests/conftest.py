@@ -1,11 +1,14 @@
 """Fixtures that several rooms' tests share: one tiny simulated screen, raw and built."""
 
 import os
+import tempfile
 
 import pytest
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network
-os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+# No test may wait for a network, nor read or leave anything in the user's caches. Set before any library is imported.
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+_HOME = tempfile.TemporaryDirectory(prefix="wsdino-tests-")
+os.environ["HF_HOME"] = _HOME.name
 
 
 @pytest.fixture(scope="session")

@@ -268,6 +268,7 @@ REFUSALS = [
     (["--dataset", "/nowhere/at/all"], "/nowhere/at/all"),
     (["--patch_size", "7"], "--global_crop_size 32 is not a multiple of the patch size 7"),
     (["--tile_size", "30"], "--tile_size 30"),
+    (["--tile_size", "40"], "--tile_size 40 needs fields of at least 80 x 80 pixels"),
     (["--global_crop_area", "0.5", "0.2"], "--global_crop_area is 0.5 0.2"),
     (["--batch_size", "0"], "--batch_size is 0"),
     (["--student_temperature", "0"], "--student_temperature is 0"),

@@ -7,6 +7,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 import train_accelerate
 from benchmarks.plain_dino import PlainDino
@@ -183,3 +184,19 @@ def test_an_eight_bit_screen_with_other_names_trains(tmp_path):
     views = run._views(micro_batches(run, 0)[0]["global"], 32)
     assert 0.4 < float(views.mean()) < 0.6
     assert np.isfinite(float(run._step(0, micro_batches(run, 0))["loss"]))
+
+
+def test_bf16_keeps_float32_master_weights_and_follows_float32(tmp_path):
+    """Under autocast the networks, centre and loss stay float32, and ten steps' losses stay near float32's."""
+    losses = {}
+    for precision in ("no", "bf16"):
+        AcceleratorState._reset_state(True)  # one process has one precision; this test needs two
+        run = channel_run(tmp_path / precision, mixed_precision=precision, drop_path_rate=0.0)
+        losses[precision] = [float(run._step(step, micro_batches(run, step))["loss"]) for step in range(10)]
+        kept = [*run.student.parameters(), *run.teacher.parameters(), run.loss.center, run.features.features]
+        assert {tensor.dtype for tensor in kept} == {torch.float32}
+        moments = [value for state in run.optimizer.state.values() for name, value in state.items() if name != "step"]
+        assert {value.dtype for value in moments} == {torch.float32}
+    assert losses["no"] != losses["bf16"], "bf16 was not used"
+    np.testing.assert_allclose(losses["bf16"], losses["no"], rtol=0.05)
+    AcceleratorState._reset_state(True)
