@@ -13,15 +13,17 @@ counts            fields, dmso_fields, treatments, scored_treatments, compounds,
 sets.<set>        of each profile file: nsc, nscb, nsc_correct, nsc_total, nscb_correct, nscb_total, nscb_excluded, ...
                   (every key of the not_same_compound metric), nsc_wilson, nsc_bootstrap (95 % intervals, treatments
                   taken as independent, and compounds drawn anew), nsc_null (see `permutation_null`), and for nscb;
-                  treatments (names in the order of the queries' `row`), batches, map (x and y of each treatment, of the
-                  headline's set alone) and map_method,
+                  treatments (names in the order of the queries' `row`), batches, map and map_method (two coordinates
+                  a treatment, in the headline's set alone),
                   five_nearest (nsc and nscb when five neighbours vote), reproducibility (`replicate_reproducibility`),
                   batch_effect (`control_batch_effect`), retrieval (`mean_average_precision`, where it was asked for),
+                  held_out (`held_out`, where --exclude_compounds kept compounds out of training),
                   channels.<channel> (nsc, nscb, ... of that channel alone; participation_ratio of its raw features)
 training.<channel> last_step, last_loss, and collapse: verdict ("healthy", "suspect", "collapsed" or "unknown"),
                   reasons (sentences), last (the monitors' last values)
 comparisons       for every set but the headline's: {"first": set, "second": headline's, "nsc": ..., "nscb": ...}, see
                   `compare_paired`
+notes             sentences that belong beside the scores wherever they are shown
 headline          the set the run is about ("trained", else the last) and its nsc and nscb
 """
 
@@ -303,15 +305,30 @@ def _counts(profiles):
     }
 
 
+def held_out(scores, compounds):
+    """NSC and NSCB of the treatments of `compounds` alone, those that training did not see: counts of each."""
+    counts = {"compounds": sorted(compounds)}
+    for prefix in ("nsc", "nscb"):
+        queries = [query for query in scores[f"{prefix}_queries"] if query["compound"] in set(compounds)]
+        queries = [query for query in queries if query["excluded"] is None]
+        counts[f"{prefix}_correct"] = sum(query["correct"] for query in queries)
+        counts[f"{prefix}_total"] = len(queries)
+    return counts
+
+
+def _arguments(run):
+    """The training's arguments in settings.json, {} without it."""
+    settings = _settings(run) or {}
+    arguments = settings.get("arguments") if isinstance(settings, dict) else None
+    return arguments if isinstance(arguments, dict) else {}
+
+
 def _training(run, sets):
     training = {}
     channels = sets["untrained"]["channels"] if "untrained" in sets else {}
     untrained = {name: part["participation_ratio"] for name, part in channels.items()}
-    settings = _settings(run) or {}
-    arguments = settings.get("arguments") if isinstance(settings.get("arguments"), dict) else settings
-    prototypes = next(
-        (arguments[key] for key in ("out_dim", "num_prototypes") if isinstance(arguments.get(key), int)), None
-    )
+    prototypes = _arguments(run).get("num_prototypes")
+    prototypes = prototypes if isinstance(prototypes, int) and prototypes > 1 else None
     for log in sorted(run.glob("*/metrics.jsonl")):
         lines = read_metrics(log)
         steps = [line for line in lines if isinstance(line.get("loss"), (int, float))]
@@ -377,6 +394,11 @@ def evaluate_run(run_folder, *, normalizer=None, progress=True, **options):
     order = sorted(files, key=lambda name: (SETS.index(name) if name in SETS else len(SETS), name))
     normalizer = normalizer or TypicalVariationNormalizer()
     unit = options.get("unit", "plate")
+    arguments = _arguments(run)
+    excluded_compounds = arguments.get("exclude_compounds") or []
+    notes = []
+    if arguments.get("weak_label") == "moa" and not excluded_compounds:
+        notes.append("Training saw the MOA of every treatment: these scores are those of a training set.")
     main_set = "trained" if "trained" in files else order[-1]
     sets, counts, sources = {}, {}, set()
     for name in tqdm(order, desc="Scoring", unit="set", disable=None if progress else True):
@@ -385,6 +407,8 @@ def evaluate_run(run_folder, *, normalizer=None, progress=True, **options):
             sets[name] = evaluate_set(profiles, normalizer, plot=name == main_set, **options)
         except ProfileError as error:
             raise ProfileError(f"{files[name]}: {error}") from None
+        if excluded_compounds:
+            sets[name]["held_out"] = held_out(sets[name], excluded_compounds)
         counts[name] = _counts(profiles)
         if "Metadata_Source" in profiles.columns:
             sources |= set(profiles["Metadata_Source"].dropna().astype(str))
@@ -392,6 +416,7 @@ def evaluate_run(run_folder, *, normalizer=None, progress=True, **options):
         "format": 1,
         "simulated": any("simulated" in source.lower() for source in sources),
         "sources": sorted(sources),
+        "notes": notes,
         "headline": {"set": main_set, "nsc": sets[main_set]["nsc"], "nscb": sets[main_set]["nscb"]},
         "comparisons": [
             {
@@ -455,6 +480,7 @@ def format_table(results):
         f"{counts['scored_treatments']} treatments of {counts['compounds']} compounds, {counts['moas']} MOAs, "
         f"{counts['plates']} plates, {counts['batches']} batches"
     )
+    lines += results["notes"]
     if results["simulated"]:
         lines.append("SIMULATED data: these figures say nothing about real cells.")
     return "\n".join(lines)

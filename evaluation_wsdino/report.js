@@ -47,6 +47,10 @@
     });
   });
 
+  document.querySelectorAll(".pictures img").forEach(function (picture) {
+    picture.addEventListener("click", function () { picture.parentNode.classList.toggle("large"); });
+  });
+
   document.querySelectorAll(".filter").forEach(function (filter) {
     var table = document.getElementById(filter.getAttribute("data-table"));
     var search = filter.querySelector("input");

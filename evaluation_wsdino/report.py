@@ -180,6 +180,29 @@ def _headline(runs):
     return f'<div class="cards">{"".join(cards)}</div>'
 
 
+def _verdicts(runs):
+    """One sentence a comparison: is the headline's set better than what it must beat?"""
+    lines = []
+    for run in runs:
+        for comparison in run["results"].get("comparisons", []):
+            parts = []
+            for prefix in ("nsc", "nscb"):
+                part = comparison[prefix]
+                if part["compared"]:
+                    points = 100 * part["difference"]
+                    sure = part["p_compound"] < 0.05
+                    word = "not told apart from" if not sure else "better than" if points > 0 else "worse than"
+                    mark = "soft" if not sure else "ok" if points > 0 else "miss"
+                    parts.append(
+                        f'{prefix.upper()} <b class="{mark}">{word}</b> {escape(comparison["first"])} '
+                        f"({points:+.1f} points, {_p_value(part['p_compound'])})"
+                    )
+            if parts:
+                name = f"{run['name']}, {comparison['second']}" if len(runs) > 1 else comparison["second"]
+                lines.append(f"<li>{escape(name)}: {'; '.join(parts)}</li>")
+    return f"<ul>{''.join(lines)}</ul>" if lines else ""
+
+
 def _sets_section(runs):
     rows = []
     for run in runs:
@@ -187,7 +210,7 @@ def _sets_section(runs):
         for name in _ordered(sets):
             scores = sets[name]
             title = f"{run['name']}: {name}" if len(runs) > 1 else name
-            note = f'<br><span class="soft">{escape(_SET_NOTES[name])}</span>' if name in _SET_NOTES else ""
+            note = f'<br><span class="soft about">{escape(_SET_NOTES[name])}</span>' if name in _SET_NOTES else ""
             rows.append(
                 ("", [f"<b>{escape(title)}</b>{note}", *[_score_cell(scores, p) for p in ("nsc", "nscb")], ""])
             )
@@ -198,8 +221,8 @@ def _sets_section(runs):
         _table(["Profiles", "NSC", "NSCB", "dimensions in use"], rows, numeric=range(1, 4))
         + '<p class="soft">The 95 % interval draws compounds anew, since treatments of one compound succeed and fail '
         "together. By chance: the mean score with mechanisms dealt at random to compounds, and how often that scores "
-        "as well. Dimensions in use: participation ratio of the features before normalization; near 1 they have "
-        "collapsed.</p>"
+        "as well. Dimensions in use: participation ratio of the features before normalization; 1 if they all "
+        "vary along one line. Compare it with the untrained network's: brightness alone can bring it near 1.</p>"
     )
 
 
@@ -376,6 +399,28 @@ def _epochs_section(runs, prefix="nscb"):
     return f"<h3>{prefix.upper()} of one channel while training</h3>" + _table(head, rows, numeric=(1, 2, 3))
 
 
+def _held_out_section(runs):
+    """Compounds that training did not see: a row a run, and their sum over leave-one-compound-out runs."""
+    rows, sums = [], Counter()
+    for run in runs:
+        part = _main(run).get("held_out")
+        if part:
+            counts = [f"{part[f'{prefix}_correct']}/{part[f'{prefix}_total']}" for prefix in ("nsc", "nscb")]
+            title = ", ".join(part["compounds"])
+            rows.append(("", [escape(f"{run['name']}: {title}" if len(runs) > 1 else title), *counts]))
+            sums.update({key: value for key, value in part.items() if key != "compounds"})
+    if not rows:
+        return ""
+    if len(rows) > 1:
+        shares = [
+            f"{percent(sums[f'{prefix}_correct'] / sums[f'{prefix}_total']) if sums[f'{prefix}_total'] else '–'} "
+            f"({sums[f'{prefix}_correct']}/{sums[f'{prefix}_total']})"
+            for prefix in ("nsc", "nscb")
+        ]
+        rows.append(("sub", ["all runs together", *shares]))
+    return "<h3>Compounds kept out of training</h3>" + _table(["Compounds", "NSC", "NSCB"], rows, numeric=(1, 2))
+
+
 def _measures_section(runs):
     rows, retrieval = [], False
     for run in runs:
@@ -497,9 +542,7 @@ def _neighbour_section(run, index, several):
     for row, (name, nsc, nscb) in enumerate(
         zip(scores["treatments"], scores["nsc_queries"], scores["nscb_queries"], strict=True)
     ):
-        cells = [f"{escape(name)}<br><span class=soft>{escape(nsc['moa'])}</span>"]
-        picture = thumbnails.get(name)
-        cells[0] = (f'<img src="{picture}" alt="" loading="lazy">' if picture else "") + cells[0]
+        cells = [_entry(f"{escape(name)}<br><span class=soft>{escape(nsc['moa'])}</span>", thumbnails.get(name))]
         for query in (nsc, nscb):
             cells.append(_neighbour_cell(query, scores["treatments"], thumbnails))
         missed = int(
@@ -529,11 +572,16 @@ def _neighbour_cell(query, treatments, thumbnails):
     if query["neighbour"] is None:
         return '<span class="miss">no neighbour: the profile has no direction</span>'
     name = treatments[query["neighbour"]]
-    picture = thumbnails.get(name)
-    image = f'<img src="{picture}" alt="" loading="lazy">' if picture else ""
     mark = '<span class="ok">✓</span>' if query["correct"] else '<span class="miss">✗</span>'
     note = f"{escape(query['neighbour_moa'])}, {number(query['similarity'])}"
-    return f"{image}{mark} {escape(name)}<br><span class=soft>{note}</span>"
+    return _entry(f"{mark} {escape(name)}<br><span class=soft>{note}</span>", thumbnails.get(name))
+
+
+def _entry(text, picture):
+    """A name beside its thumbnail, where there is one."""
+    return (
+        f'<div class="entry"><img src="{picture}" alt="" loading="lazy"><span>{text}</span></div>' if picture else text
+    )
 
 
 def _pictures_section(runs):
@@ -602,7 +650,11 @@ def render_report(runs):
         f"{counts['batches']} batches{' (first run)' if several else ''}.</p>"
     )
     sections = [
-        ("sets", "Scores", "<h2 id=sets>Scores, and what they are compared with</h2>" + _sets_section(runs)),
+        (
+            "sets",
+            "Scores",
+            "<h2 id=sets>Scores, and what they are compared with</h2>" + _sets_section(runs) + _held_out_section(runs),
+        ),
         ("comparison", "Differences", _comparison_section(runs)),
         ("measures", "Measures", _measures_section(runs)),
         ("training", "Training", _training_section(runs)),
@@ -624,6 +676,11 @@ def render_report(runs):
     links = "".join(f'<a href="#{name}">{label}</a>' for name, label, text in sections if text)
     parts.append(f"<nav>{links}</nav>")
     parts.append(_headline(runs))
+    parts.append(_verdicts(runs))
+    notes = dict.fromkeys(
+        f"{run['name']}: {note}" if several else note for run in runs for note in run["results"].get("notes", [])
+    )
+    parts += [f'<p class="banner">{escape(note)}</p>' for note in notes]
     parts.append(
         '<p class="note">The headline is the network as training left it; no epoch was chosen by its score. '
         "NSC (not same compound) asks whether the treatment most alike, among all other compounds, has the same "

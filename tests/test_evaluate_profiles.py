@@ -64,7 +64,7 @@ def run(tmp_path):
     (folder / "profiles").mkdir(parents=True)
     screen(4.0).to_parquet(folder / "profiles" / "trained.parquet")
     screen(0.3).to_parquet(folder / "profiles" / "untrained.parquet")
-    (folder / "settings.json").write_text(json.dumps({"arguments": {"out_dim": 64, "seed": 7}}))
+    (folder / "settings.json").write_text(json.dumps({"arguments": {"num_prototypes": 64, "seed": 7}}))
     for channel in ("dna", "tubulin"):
         (folder / channel).mkdir()
         lines = [
@@ -254,6 +254,25 @@ def test_maps_have_two_coordinates_a_treatment():
     assert (near == np.repeat(range(4), 10)).all()
     assert np.shape(map_treatments(np.eye(3))[0]) == (3, 2) and map_treatments(np.eye(3))[1] == "PCA"
     assert map_treatments(np.zeros((20, 3)))[0] == [[0.0, 0.0]] * 20
+
+
+def test_compounds_kept_out_of_training_are_scored_apart(run):
+    settings = {"arguments": {"exclude_compounds": ["Act-0", "Kin-1"], "weak_label": "moa"}}
+    (run / "settings.json").write_text(json.dumps(settings))
+    results = evaluate_run(run, progress=False)
+    scores = results["sets"]["trained"]
+    queries = [q for q in scores["nsc_queries"] if q["compound"] in ("Act-0", "Kin-1")]
+    assert scores["held_out"]["nsc_total"] == len(queries) == 4
+    assert scores["held_out"]["nsc_correct"] == sum(q["correct"] for q in queries)
+    assert scores["held_out"]["nscb_total"] == 2  # Kinase inhibitors are left out of NSCB
+    assert results["notes"] == []
+
+
+def test_scores_of_a_training_that_saw_the_mechanisms_say_so(run):
+    (run / "settings.json").write_text(json.dumps({"arguments": {"weak_label": "moa"}}))
+    results = evaluate_run(run, progress=False)
+    assert "held_out" not in results["sets"]["trained"]
+    assert len(results["notes"]) == 1 and results["notes"][0] in format_table(results)
 
 
 # ---------------------------------------------------------------- the command

@@ -74,7 +74,9 @@ def make_run(folder, seed=0, source="simulated, seed 7", moas=("Actin disruptors
         picture = rng.integers(0, 255, size=(40, 60), dtype=np.uint8)
         Image.fromarray(picture).save(folder / "pictures" / f"attention_{channel}.png")
         Image.fromarray(picture).save(folder / "pictures" / f"fields_{channel}.png")
-    (folder / "settings.json").write_text(json.dumps({"arguments": {"seed": seed, "out_dim": 64}, "git": "abc1234"}))
+    (folder / "settings.json").write_text(
+        json.dumps({"arguments": {"seed": seed, "num_prototypes": 64}, "git": "abc1234"})
+    )
     evaluate_run(folder, progress=False)
     return folder
 
@@ -190,6 +192,17 @@ def test_a_run_without_logs_pictures_or_settings(tmp_path):
     evaluate_run(folder, progress=False)
     page = Page(write_report([folder]).read_text())
     assert "Did training go well" not in page.text and "What the network sees" not in page.text
+
+
+def test_held_out_compounds_are_summed_over_runs_and_notes_are_shown(runs):
+    loaded = [load_run(folder, dataset=False) for folder in runs]
+    for run, compound, right in zip(loaded, ("AZ-C", "taxol"), (2, 1), strict=True):
+        part = {"compounds": [compound], "nsc_correct": right, "nsc_total": 3, "nscb_correct": 0, "nscb_total": 0}
+        run["results"]["sets"]["trained"]["held_out"] = part
+        run["results"]["notes"] = ["Training saw the MOA."]
+    text = Page(render_report(loaded)).text
+    assert "first: AZ-C" in text and "50.0 % (3/6)" in text and "– (0/0)" in text
+    assert "second: Training saw the MOA." in text
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):
