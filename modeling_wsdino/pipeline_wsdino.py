@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Pipeline
 from transformers.pipelines.pt_utils import KeyDataset, PipelineDataset, PipelineIterator
 
-# On a CPU a few tiles at a time stay in its caches: in batches of eight a 224x224 tile took 1.2 to 1.3 times as long as
-# in batches of two (medians, ViT-S/8, two threads of a machine with other work).
+# On a CPU a few tiles at a time stay in its caches: in batches of eight a 224x224 tile took 1.2 to 1.3 times as long
+# as in batches of two (medians, ViT-S/8, two threads of a machine with other work).
 TOKENS_A_PASS_ON_CPU = 1600
 OUTPUTS = ("features", "tiles", "patches", "attention")
 
