@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ("modeling_wsdino", "pretraining_wsdino", "dataset_scripts", "evaluation_wsdino")
+ROOMS = ("modeling_wsdino", "pretraining_wsdino", "dataset_scripts", "evaluation_wsdino", "model_cards")
 ROOF = ("train_accelerate", "extract_profiles", "push_to_hub")
 
 # Beside the standard library and its own files.
@@ -18,6 +18,7 @@ ALLOWED = {
         *("datasets", "huggingface_hub", "filelock", "numpy", "pandas", "PIL", "pyarrow", "scipy", "skimage", "tqdm")
     },
     "evaluation_wsdino": {"numpy", "pandas", "pyarrow", "scipy", "sklearn", "PIL", "tqdm", "datasets", "evaluate"},
+    "model_cards": {"huggingface_hub", "yaml"},
     "evaluation_wsdino/not_same_compound": {"numpy", "datasets", "evaluate", "gradio"},
 }
 
