@@ -65,7 +65,8 @@ class RawScreen:
     raw : path
         Folder of the images; also of the tables, unless they are given.
     image_csv, moa_csv : path, optional
-        Default: `BBBC021_v1_image.csv` and `BBBC021_v1_moa.csv` in `raw`, plain or .gz.
+        Default: `BBBC021_v1_image.csv` and `BBBC021_v1_moa.csv` in `raw` (the second also beside the first), plain or
+        .gz. With columns of another screen there need be no MOA table.
     columns : ScreenColumns
     preprocessing : Preprocessing
     allow_missing : bool
@@ -95,11 +96,10 @@ class RawScreen:
         for channel in self.channels:
             if not channel_pattern(channel) or channel in ("preview", "source") + tuple(PARTS):
                 raise ScreenError(f"channel name {channel!r} cannot be a column: use letters, digits and _")
-        default = self.image_csv is None
-        if default:
-            self.image_csv = self._table("BBBC021_v1_image.csv")
-        if self.moa_csv is None and default:
-            self.moa_csv = self._table("BBBC021_v1_moa.csv")
+        if self.image_csv is None:
+            self.image_csv = self._table("BBBC021_v1_image.csv", self.raw)
+        if self.moa_csv is None and self.columns == ScreenColumns():
+            self.moa_csv = self._table("BBBC021_v1_moa.csv", self.raw, Path(self.image_csv).parent)
         if self.source is None:
             marker = self.raw / "simulation.json"
             self.source = json.loads(marker.read_text())["source"] if marker.is_file() else "BBBC021v1"
@@ -115,10 +115,11 @@ class RawScreen:
     def channels(self) -> list[str]:
         return list(self.columns.channels)
 
-    def _table(self, name: str) -> Path:
-        for path in (self.raw / name, self.raw / f"{name}.gz"):
-            if path.is_file():
-                return path
+    def _table(self, name: str, *folders: Path) -> Path:
+        for folder in folders:
+            for path in (folder / name, folder / f"{name}.gz"):
+                if path.is_file():
+                    return path
         raise ScreenError(f"{self.raw} holds no {name} (or .gz): put it there, or give its path")
 
     def _find_files(self, table: pd.DataFrame) -> None:

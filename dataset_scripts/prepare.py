@@ -548,6 +548,9 @@ def main(argv=None) -> None:
     parser.add_argument("--output", required=True, help="folder of the dataset to write")
     parser.add_argument("--image_csv", help="image table, plain or .gz (default: BBBC021_v1_image.csv in --raw)")
     parser.add_argument("--moa_csv", help="MOA table, plain or .gz (default: BBBC021_v1_moa.csv in --raw)")
+    parser.add_argument(
+        "--columns", help="JSON column mapping of another screen (see dataset_scripts/other_screens.md)"
+    )
     parser.add_argument("--allow_missing", action="store_true", help="build what is there, say what is absent")
     parser.add_argument("--no_illumination", action="store_true", help="skip the illumination correction")
     parser.add_argument("--filter_size", type=float, help="size of the median filter (default: 320 at 1024 x 1280)")
@@ -579,6 +582,7 @@ def main(argv=None) -> None:
             args.output,
             image_csv=args.image_csv,
             moa_csv=args.moa_csv,
+            columns=ScreenColumns.from_json(args.columns) if args.columns else None,
             allow_missing=args.allow_missing,
             illumination=not args.no_illumination,
             filter_size=args.filter_size,

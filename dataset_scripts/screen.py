@@ -6,6 +6,7 @@ brings its own :class:`ScreenColumns`.
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,6 +67,27 @@ class ScreenColumns:
     image: str | None = "ImageNumber"
     control: str = "DMSO"
     moa_table: tuple[str, str, str] = ("compound", "concentration", "moa")
+
+    @classmethod
+    def from_json(cls, path) -> ScreenColumns:
+        """Read a mapping from a JSON object with these names; each channel is a file column or [file, folder]."""
+        try:
+            content = json.loads(Path(path).read_text())
+            channels = content.pop("channels")
+            pairs = {name: (each, None) if isinstance(each, str) else tuple(each) for name, each in channels.items()}
+            content["moa_table"] = tuple(content.get("moa_table", cls.moa_table))
+            columns = cls(channels=pairs, **content)
+        except FileNotFoundError as error:
+            raise ScreenError(f"column mapping {path} does not exist: give the path of a JSON file") from error
+        except KeyError as error:
+            raise ScreenError(f"{path} has no {error}: name at least one channel and its file column") from error
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ScreenError(
+                f"{path} is not a column mapping ({error}): see dataset_scripts/other_screens.md"
+            ) from error
+        if not columns.channels or any(len(pair) != 2 for pair in columns.channels.values()):
+            raise ScreenError(f"{path}: each channel needs a file column, or a pair of file and folder column")
+        return columns
 
 
 def treatment_name(compound: str, concentration: float) -> str:

@@ -360,7 +360,7 @@ def _well_phenotypes(wells: list[dict], seed: int) -> tuple[dict[str, Phenotype]
             if well["moa"] == "":  # a dose outside the annotated, active range
                 strengths[treatment] = 0.15 if well["concentration"] < active[0] else 1.0
             else:
-                rank = active.index(well["concentration"]) / max(len(active) - 1, 1)
+                rank = active.index(well["concentration"]) / (len(active) - 1) if len(active) > 1 else 1.0
                 strengths[treatment] = round(float(rng.uniform(0.55, 0.8) * (1 - rank) + 1.0 * rank), 3)
     return phenotypes, strengths
 

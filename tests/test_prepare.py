@@ -403,6 +403,20 @@ def test_five_channels_of_another_screen(tmp_path, bits):
                 assert (np.asarray(image) == np.asarray(row[name])).all()
 
 
+def test_the_documented_example_runs(tmp_path, monkeypatch, capsys):
+    import re
+    from pathlib import Path
+
+    import dataset_scripts
+
+    text = (Path(dataset_scripts.__file__).parent / "other_screens.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (promise,) = re.findall(r"It prints `(.*)`\.", text)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "other_screens.md", "exec"), {})
+    assert capsys.readouterr().out.splitlines()[-1] == promise
+
+
 def test_plates_are_added_by_name_and_never_dropped_silently(raw, tmp_path):
     plates = sorted({row["Image_Metadata_Plate_DAPI"] for row in table_of(raw)})
     build_dataset(raw, tmp_path / "out", plates=plates[:1], progress=False)

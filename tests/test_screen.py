@@ -130,6 +130,25 @@ def test_another_screen_brings_its_columns(tmp_path):
     assert list(fields["er_file"]) == ["a_er.tif", "b_er.tif", "c_er.tif"]
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not a column mapping"),
+        ("[]", "is not a column mapping"),
+        ('{"plate": "P"}', "no 'channels'"),
+        ('{"channels": {}}', "each channel needs"),
+        ('{"channels": {"dna": ["a", "b", "c"]}}', "each channel needs"),
+        ('{"channels": {"dna": "a"}, "plaet": "P"}', "plaet"),
+    ],
+)
+def test_bad_column_mappings(tmp_path, content, message):
+    (tmp_path / "columns.json").write_text(content)
+    with pytest.raises(ScreenError, match=message):
+        ScreenColumns.from_json(tmp_path / "columns.json")
+    with pytest.raises(ScreenError, match="does not exist"):
+        ScreenColumns.from_json(tmp_path / "absent.json")
+
+
 METADATA = os.environ.get("WSDINO_BBBC021_METADATA")
 
 

@@ -146,3 +146,102 @@ def test_command_ends_with_one_sentence(tmp_path, capsys):
     assert ended.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("wsdino-simulate: error:") and "Traceback" not in error
+
+
+def test_official_plate_map_is_reproduced(tmp_path):
+    """Plates, wells, sites, file names and labels of the given tables; only the pictures are new."""
+    lines, number = [",".join(HEADER)], 0
+    wells = [("B02", "DMSO", 0), ("C03", "taxol", 0.3), ("D04", "taxol", 0.001), ("E05", "nobody knows", 7)]
+    for plate in ("Week1_22123", "Week10_40111"):
+        for well, compound, dose in wells:
+            for site in (1, 2):
+                number += 1
+                files = ",".join(f"{well}_s{site}_w{w}{number}.tif,{plate.split('_')[0]}/{plate}" for w in (1, 2, 4))
+                lines.append(f"1,{number},{files},{plate},{well},1,{compound},{dose}")
+    image, moa = tmp_path / "image.csv", tmp_path / "moa.csv"
+    image.write_text("\n".join(lines) + "\n")
+    moa.write_text('"compound",concentration,"moa"\n"taxol",0.3,"Microtubule stabilizers"\n"DMSO",0.0,"DMSO"\n')
+    folder = simulate_screen(
+        tmp_path / "raw", "tiny", 1, plate_map=(image, moa), image_size=(40, 50), scale=0.25, progress=False
+    )
+    assert (folder / "BBBC021_v1_image.csv").read_text() == image.read_text()
+    assert (folder / "BBBC021_v1_moa.csv").read_text() == moa.read_text()
+    for row in rows_of(folder):
+        for channel in ("DAPI", "Tubulin", "Actin"):
+            with Image.open(folder / row[f"Image_PathName_{channel}"] / row[f"Image_FileName_{channel}"]) as picture:
+                assert picture.size == (50, 40)
+    strength = json.loads((folder / "simulation.json").read_text())["truth"]["strength"]
+    assert strength["DMSO"] == 0
+    assert strength["taxol_0.3"] == 1
+    assert strength["taxol_0.001"] < 0.3 and strength["nobody knows_7"] <= 0.3
+
+
+def test_untreated_fields_have_the_real_camera_s_grey_levels():
+    """Ranges about what four real fields show: background, nuclei, and pixels above 10,000."""
+    from dataset_scripts.draw_cells import Optics, Phenotype, draw_field
+
+    planes = np.concatenate(
+        [draw_field(np.random.default_rng(seed), (512, 640), Phenotype(), Optics()) for seed in range(3)], axis=1
+    )
+    dna, tubulin, actin = planes
+    for plane in planes:
+        assert 380 <= np.percentile(plane, 1) <= 1100
+    # Real: 95 % of DNA pixels below 1,904, 99 % below 2,464; tubulin 3,936 and 4,848; actin 9,552 and 13,936.
+    assert 1500 < np.percentile(dna, 96) < 2700
+    assert 2000 < np.percentile(tubulin, 97) < 4900
+    assert 6000 < np.percentile(actin, 96) < 13000
+    assert (dna > 10000).mean() < 0.0004
+    assert (tubulin > 10000).mean() < 0.039
+    assert 0.002 < (actin > 10000).mean() < 0.06
+
+
+def test_cells_keep_their_size_in_a_smaller_image():
+    """Nuclei by thresholding and labelling, as an outsider would measure them."""
+    from scipy import ndimage
+
+    from dataset_scripts.draw_cells import Optics, Phenotype, draw_field
+
+    def nuclei(size, scale=1.0):
+        areas = []
+        for seed in range(3):
+            plane = draw_field(np.random.default_rng(seed), size, Phenotype(), Optics(vignette=0), scale)[0]
+            labels, count = ndimage.label(ndimage.gaussian_filter(plane.astype(float), 1) > 1300)
+            areas += list(ndimage.sum(labels > 0, labels, range(1, count + 1)))
+        return np.median(areas), len(areas)
+
+    large, many = nuclei((480, 600))
+    small, few = nuclei((240, 300))
+    assert 0.85 < small / large < 1.15
+    assert 2.5 < many / few < 6
+    half, _ = nuclei((240, 300), scale=0.5)
+    assert 0.18 < half / large < 0.33
+    # About 38 raw pixels across.
+    assert 30 < 2 * np.sqrt(large / np.pi) < 44
+
+
+def test_each_mechanism_looks_different_from_untreated():
+    """Drastic phenotypes: some plain measure moves by more than two standard deviations of untreated fields."""
+    from scipy import ndimage
+
+    from dataset_scripts.draw_cells import Optics, Phenotype, draw_field, mechanism_phenotypes
+
+    def measures(phenotype, seeds):
+        rows = []
+        for seed in seeds:
+            planes = draw_field(np.random.default_rng([1, seed]), (300, 400), phenotype, Optics()).astype(float)
+            labels, count = ndimage.label(ndimage.gaussian_filter(planes[0], 1) > 1200)
+            areas = ndimage.sum(labels > 0, labels, range(1, count + 1))
+            areas = areas[areas > 15]
+            row = [np.log(np.median(areas)), np.log(len(areas)), areas.std() / areas.mean()]
+            for plane in planes:
+                signal = plane - np.percentile(plane, 2)
+                fine = signal - ndimage.gaussian_filter(signal, 2)
+                row += [np.log(fine.std() / signal.std()), np.log(np.percentile(signal, 99.5) / signal.mean())]
+            rows.append(row)
+        return np.array(rows)
+
+    untreated = measures(Phenotype(), range(12))
+    middle, spread = untreated.mean(0), untreated.std(0)
+    for name, phenotype in mechanism_phenotypes().items():
+        moved = np.abs(measures(phenotype, range(100, 104)).mean(0) - middle) / spread
+        assert moved.max() > 2, (name, moved)

@@ -1,0 +1,297 @@
+"""How fast is the data room? Planes a second for building and reading, and peak memory, beside the plain ways.
+
+    python benchmarks/data.py build --plates 2 --fields 60 --workers 2
+    python benchmarks/data.py read
+
+`build`: raw 1280 x 1024 TIFFs of simulated cells to the finished dataset (illumination function, division, halving,
+PNG), by `build_dataset`, and by a plain loop over one file after another with scikit-image's own calls and Pillow's
+PNG. Both do the same operations, and the largest difference of their planes is printed.
+
+`read`: what a training item costs: 2 global crops of one field and 8 local ones of another. Plain: open two 640 x 512
+TIFFs and pass over the whole image for each of the ten crops, as the original loader does. Ours: cut the ten windows
+out of the memory-mapped plane cache; resizing and flipping happen on the training device, and are also timed on this
+processor in batches. PNG decoding through `datasets` is timed beside them.
+
+Each pair runs in turns in one process tree, on the same files.
+"""
+
+import argparse
+import io
+import statistics
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import psutil
+from PIL import Image
+from skimage.filters import rank
+from skimage.morphology import disk
+from skimage.transform import resize
+from tqdm.auto import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+CHANNELS = ("dna", "tubulin", "actin")
+
+
+class PeakMemory:
+    """Largest sum of the private memory of this process and its children, beyond what it was, sampled in a thread."""
+
+    def __enter__(self):
+        self.peak, self.running = 0, True
+        self.before = self.now()
+        self.thread = threading.Thread(target=self.watch)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.running = False
+        self.thread.join()
+
+    def now(self):
+        total = 0
+        for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+            try:
+                memory = process.memory_info()
+                total += memory.rss - memory.shared
+            except psutil.NoSuchProcess:
+                pass
+        return total
+
+    def watch(self):
+        while self.running:
+            self.peak = max(self.peak, self.now())
+            time.sleep(0.05)
+
+
+def write_screen(folder, plates, fields):
+    """Full-size raw fields in the official layout; a few drawn fields are written under many names."""
+    from dataset_scripts.draw_cells import Optics, Phenotype, draw_field, mechanism_phenotypes
+    from dataset_scripts.simulate import HEADER
+
+    phenotypes = [Phenotype(), *mechanism_phenotypes().values()][:4]
+    drawn = [
+        draw_field(np.random.default_rng(i), (1024, 1280), phenotype, Optics())
+        for i, phenotype in enumerate(tqdm(phenotypes, desc="drawing fields"))
+    ]
+    lines, number = [HEADER], 0
+    for p in range(plates):
+        plate, place = f"Week1_{p + 1}", f"Week1/Week1_{p + 1}"
+        (folder / place).mkdir(parents=True)
+        for i in range(fields):
+            cells = []
+            for w, plane in zip((1, 2, 4), drawn[i % len(drawn)], strict=True):
+                name = f"Week1_B{i:03d}_s{i % 4 + 1}_w{w}.tif"
+                Image.fromarray(np.roll(plane, 37 * i, axis=1)).save(folder / place / name)
+                cells += [name, place]
+            number += 1
+            lines.append(f"1,{number},{','.join(cells)},{plate},B{i:03d},1,DMSO,0")
+    (folder / "BBBC021_v1_image.csv").write_text("\n".join(lines) + "\n")
+    (folder / "BBBC021_v1_moa.csv").write_text('"compound",concentration,"moa"\n"DMSO",0,"DMSO"\n')
+
+
+def plain_build(raw, output):
+    """One file after another, with scikit-image's own calls; no second core."""
+    made = {}
+    for plate in sorted((raw / "Week1").iterdir()):
+        for w in (1, 2, 4):
+            paths = sorted(plate.glob(f"*_w{w}.tif"))
+            total = 0.0
+            for path in paths:
+                total = total + np.asarray(Image.open(path)) / 65535
+            average = (total / len(paths) * 65535).astype(np.uint16)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                smooth = rank.median(np.pad(average, 136, mode="edge"), disk(136))[136:-136, 136:-136].astype(float)
+            minimum = np.sort(smooth.ravel())[int(smooth.size * 0.02)]
+            function = np.maximum(smooth, minimum) / minimum
+            for path in tqdm(paths, desc=f"plain, {plate.name} w{w}"):
+                corrected = np.clip(np.asarray(Image.open(path)) / 65535 / function, 0, 1)
+                small = resize(corrected, (512, 640), order=3, mode="symmetric")
+                plane = np.rint(small * 65535).astype(np.uint16)
+                target = output / f"{plate.name}_{path.stem}.png"
+                Image.fromarray(plane).save(target, compress_level=1)
+                made[f"Week1/{plate.name}/{path.name}"] = target
+    return made
+
+
+def build(args):
+    from datasets import load_dataset
+
+    from dataset_scripts import build_dataset
+
+    with tempfile.TemporaryDirectory(dir=args.scratch) as temporary:
+        temporary = Path(temporary)
+        raw = temporary / "raw"
+        write_screen(raw, args.plates, args.fields)
+        planes = 3 * args.plates * args.fields
+        start = time.perf_counter()
+        with PeakMemory() as memory:
+            build_dataset(raw, temporary / "dataset", workers=args.workers)
+        ours = time.perf_counter() - start
+        (temporary / "plain").mkdir()
+        start = time.perf_counter()
+        with PeakMemory() as plain_memory:
+            made = plain_build(raw, temporary / "plain")
+        plain = time.perf_counter() - start
+        data = load_dataset(str(temporary / "dataset"), "all", split="train", cache_dir=str(temporary / "cache"))
+        largest, total, count = 0, 0.0, 0
+        for row in data.select(range(0, len(data), max(1, len(data) // 12))):
+            for channel in CHANNELS:
+                difference = np.abs(
+                    np.asarray(row[channel]).astype(int) - np.asarray(Image.open(made[row[f"{channel}_file"]]))
+                )
+                largest, total, count = max(largest, int(difference.max())), total + difference.mean(), count + 1
+    print(f"{planes} planes of {args.plates} plates, {args.workers} processes")
+    print(f"build_dataset: {ours:.1f} s, {planes / ours:.1f} planes/s, peak memory {memory.peak / 1e9:.2f} GB")
+    print(f"plain loop:    {plain:.1f} s, {planes / plain:.1f} planes/s, peak memory {plain_memory.peak / 1e9:.2f} GB")
+    print(f"ratio {plain / ours:.1f}; difference in grey levels: largest {largest}, mean {total / count:.4f}")
+
+
+def plain_item(paths, specs, random):
+    """Two files opened, and the whole image passed over for every crop."""
+    import torch
+    import torch.nn.functional as F
+
+    from pretraining_wsdino.multicrop import draw_boxes
+
+    crops = []
+    for path, spec in zip(paths, specs, strict=True):
+        for box in draw_boxes(random, spec, (512, 640)):
+            image = np.asarray(Image.open(path)).astype(np.float32)
+            image = np.clip(image, 0, 10000) / 10000
+            top, left, height, width = box[:4]
+            crop = torch.from_numpy(image[top : top + height, left : left + width].copy())[None, None]
+            crop = F.interpolate(crop, (spec.size, spec.size), mode="bicubic", align_corners=False)
+            for axis, flip in ((3, box[4]), (2, box[5])):
+                crop = crop.flip(axis) if flip else crop
+            crops.append(crop)
+    return crops
+
+
+def whole_once_item(paths, specs, random):
+    """As `plain_item`, but each file is opened and scaled once, and its crops are cut from that."""
+    import torch
+    import torch.nn.functional as F
+
+    from pretraining_wsdino.multicrop import draw_boxes
+
+    crops = []
+    for path, spec in zip(paths, specs, strict=True):
+        image = np.clip(np.asarray(Image.open(path)).astype(np.float32), 0, 10000) / 10000
+        for box in draw_boxes(random, spec, (512, 640)):
+            top, left, height, width = box[:4]
+            crop = torch.from_numpy(image[top : top + height, left : left + width].copy())[None, None]
+            crops.append(F.interpolate(crop, (spec.size, spec.size), mode="bicubic", align_corners=False))
+    return crops
+
+
+def cut_item(planes, indices, specs, random):
+    """Ten windows out of the memory map."""
+    from pretraining_wsdino.multicrop import cut_window, draw_boxes
+
+    windows, boxes = [], []
+    for index, spec in zip(indices, specs, strict=True):
+        chosen = draw_boxes(random, spec, planes.shape[1:])
+        windows.append([cut_window(planes[index], box) for box in chosen])
+        boxes.append(chosen)
+    return windows, boxes
+
+
+def cut_and_resize_item(planes, indices, specs, random):
+    """The same, resized and flipped on this processor."""
+    import torch
+
+    from pretraining_wsdino.multicrop import resize_windows
+
+    windows, boxes = cut_item(planes, indices, specs, random)
+    result = []
+    for some, chosen, spec in zip(windows, boxes, specs, strict=True):
+        padded = np.zeros((len(some), chosen[:, 2].max(), chosen[:, 3].max()), np.uint16)
+        for window, target in zip(some, padded, strict=True):
+            target[: window.shape[0], : window.shape[1]] = window
+        sizes, flips = torch.from_numpy(chosen[:, 2:4]), torch.from_numpy(chosen[:, 4:6]).bool()
+        result.append(resize_windows(torch.from_numpy(padded), sizes, flips, spec.size, 10000.0))
+    return result
+
+
+def read(args):
+    import datasets
+    import torch
+
+    from dataset_scripts import open_planes
+    from dataset_scripts.bbbc021 import screen_features
+    from dataset_scripts.draw_cells import Optics, Phenotype, draw_field
+    from dataset_scripts.illumination import correct_plane
+    from dataset_scripts.plates import encode_png
+    from pretraining_wsdino.multicrop import CropSpec
+
+    torch.set_num_threads(1)
+    specs = (CropSpec(2, 224, (0.1, 0.2)), CropSpec(8, 96, (0.04, 0.08)))
+    with tempfile.TemporaryDirectory(dir=args.scratch) as temporary:
+        temporary = Path(temporary)
+        drawn = [
+            correct_plane(plane, None)
+            for seed in tqdm(range(4), desc="drawing fields")
+            for plane in draw_field(np.random.default_rng(seed), (1024, 1280), Phenotype(), Optics())
+        ]
+        count = args.fields
+        planes = [np.roll(drawn[i % len(drawn)], 13 * i, axis=1) for i in range(count)]
+        paths = [temporary / f"{i}.tif" for i in range(count)]
+        for plane, path in zip(planes, paths, strict=True):
+            Image.fromarray(plane).save(path)
+        features = datasets.Features({"tubulin": screen_features(["tubulin"])["tubulin"]})
+        data = datasets.Dataset.from_dict(
+            {"tubulin": [{"bytes": encode_png(plane), "path": None} for plane in planes]}, features=features
+        )
+        start = time.perf_counter()
+        mapped = open_planes(data, "tubulin", temporary / "cache", progress=False)
+        once = time.perf_counter() - start
+        random, pick = np.random.default_rng(0), np.random.default_rng(1)
+        ways = {
+            "plain: whole image for each crop": lambda a, b: plain_item((paths[a], paths[b]), specs, random),
+            "plain: whole image once a file": lambda a, b: whole_once_item((paths[a], paths[b]), specs, random),
+            "PNG through datasets, decoding only": lambda a, b: [np.asarray(data[i]["tubulin"]) for i in (a, b)],
+            "memory map: cut ten windows": lambda a, b: cut_item(mapped, (a, b), specs, random),
+            "memory map: cut, resize, flip": lambda a, b: cut_and_resize_item(mapped, (a, b), specs, random),
+        }
+        times = {name: [] for name in ways}
+        for _ in tqdm(range(args.repeats), desc="items"):
+            for name, way in ways.items():
+                a, b = pick.integers(0, count, 2)
+                start = time.perf_counter()
+                way(a, b)
+                times[name].append(time.perf_counter() - start)
+        buffer = io.BytesIO()
+        Image.fromarray(planes[0]).save(buffer, "PNG", compress_level=1)
+        print(f"cache of {count} planes written in {once:.2f} s ({count / once:.0f} planes/s), once")
+        reference = statistics.median(times["plain: whole image for each crop"])
+        for name, values in times.items():
+            middle = statistics.median(values)
+            print(f"{name:40s} {1e3 * middle:7.2f} ms an item, {reference / middle:6.1f} x")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("build")
+    command.add_argument("--plates", type=int, default=2)
+    command.add_argument("--fields", type=int, default=60, help="a plate")
+    command.add_argument("--workers", type=int, default=2)
+    command.set_defaults(run=build)
+    other = commands.add_parser("read")
+    other.add_argument("--fields", type=int, default=200)
+    other.add_argument("--repeats", type=int, default=200)
+    other.set_defaults(run=read)
+    for each in (command, other):
+        each.add_argument("--scratch", help="folder for temporary files")
+    args = parser.parse_args(argv)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
