@@ -188,7 +188,7 @@ def main() -> None:
             share, speedup = work / median / rate, plain_time / median
             figures[kind] = {"seconds a step": median, "share of matmul rate": share, "speed-up": speedup}
             print(
-                f"{kind:14} {median:7.3f} s a step  {batch / median:8.2f} images/s  {work / median / 1e9:7.0f} GFLOP/s "
+                f"{kind:14} {median:7.3f} s/step  {batch / median:8.2f} images/s  {work / median / 1e9:7.0f} GFLOP/s "
                 f"= {share:4.0%} of the matmul rate ({rate / 1e9:.0f}), {speedup:5.2f}x"
             )
             if given.gpu:
