@@ -122,10 +122,13 @@ def read_metrics(path):
     for number, line in enumerate(text, 1):
         if line.strip():
             try:
-                lines.append(json.loads(line))
+                content = json.loads(line)
             except json.JSONDecodeError:
-                if number < len(text):
-                    raise ProfileError(f"{path}, line {number}, is not JSON: remove that line.") from None
+                content = None
+            if isinstance(content, dict):
+                lines.append(content)
+            elif number < len(text):
+                raise ProfileError(f"{path}, line {number}, is not a JSON object: remove that line.")
     return lines
 
 
@@ -261,9 +264,9 @@ def _features(profiles):
 
 
 def map_treatments(vectors, seed=0):
-    """Two coordinates a row for a picture, and the method's name: t-SNE of cosine distances, for a few rows PCA."""
+    """Two coordinates a row for a picture, and the method: t-SNE by cosine, or PCA below 8 rows and above 5,000."""
     count = len(vectors)
-    if count < 8 or not np.any(vectors):
+    if count < 8 or count > 5000 or not np.any(vectors):
         centred = vectors - vectors.mean(axis=0)
         left, singular, _ = np.linalg.svd(centred, full_matrices=False)
         points = np.zeros((count, 2))

@@ -140,6 +140,8 @@ _UNITS = {"plate": ["Metadata_Plate"], "well": ["Metadata_Plate", "Metadata_Well
 def aggregate_profiles(profiles, *, unit="plate", within="mean", across="median", normalize=True):
     """One profile a treatment: fields averaged within a plate, plates within a treatment, unit length at the end.
 
+    Plates count alike whatever their number of fields; a treatment missing from a plate is made of the plates it has.
+
     Parameters
     ----------
     profiles : pandas.DataFrame

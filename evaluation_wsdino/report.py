@@ -70,29 +70,42 @@ def load_run(folder, dataset=None):
     if not path.exists():
         raise ProfileError(f"{path} does not exist: run wsdino-evaluate {folder} first.")
     results = _load_json(path)
-    if not isinstance(results, dict) or results.get("format") != 1 or not results.get("sets"):
+    needed = {"simulated", "sources", "headline", "counts", "protocol", "sets", "versions"}
+    if not isinstance(results, dict) or results.get("format") != 1 or needed - set(results) or not results["sets"]:
         raise ProfileError(f"{path} is not a result of this version of wsdino-evaluate: run it again.")
     pictures = {}
     for picture in sorted(folder.glob("pictures/*.png")):
         pictures[picture.stem] = _data_uri(picture.read_bytes(), "png")
+    thumbnails = {}
     if dataset is None:
-        settings = results.get("settings") or {}
-        recorded = settings.get("dataset")
-        dataset = recorded.get("path") if isinstance(recorded, dict) else recorded
+        recorded = results["settings"].get("dataset") if isinstance(results.get("settings"), dict) else None
+        recorded = recorded.get("path") if isinstance(recorded, dict) else None
+        if isinstance(recorded, str) and Path(recorded).is_dir():
+            try:
+                thumbnails = load_thumbnails(recorded)
+            except ProfileError as error:
+                print(f"Without thumbnails: {error}")
+    elif dataset:
+        thumbnails = load_thumbnails(dataset)
     return {
         "name": folder.resolve().name,
         "results": results,
         "metrics": {log.parent.name: read_metrics(log) for log in sorted(folder.glob("*/metrics.jsonl"))},
         "pictures": pictures,
-        "thumbnails": load_thumbnails(dataset) if dataset and Path(dataset).is_dir() else {},
+        "thumbnails": thumbnails,
     }
 
 
 def load_thumbnails(dataset, size=72):
     """`{treatment: data URI}` of the preview of each treatment's first field in a built dataset's folder."""
-    from datasets import Image, load_dataset
+    from datasets import Image, load_dataset  # slow to import, and not needed without thumbnails
+    from datasets.exceptions import DatasetsError
 
-    table = load_dataset(str(dataset), "annotated", split="train").select_columns(["treatment", "preview"])
+    try:
+        table = load_dataset(str(dataset), "annotated", split="train").select_columns(["treatment", "preview"])
+    except (OSError, ValueError, KeyError, DatasetsError) as error:
+        message = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ProfileError(f"{dataset} is not a dataset with treatments and previews ({message}).") from None
     table = table.cast_column("preview", Image(decode=True))
     first = {}
     for index, treatment in enumerate(table["treatment"]):

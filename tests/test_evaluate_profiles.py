@@ -240,7 +240,10 @@ def test_a_log_cut_short_is_read_and_a_broken_one_refused(tmp_path):
     log.write_text('{"step": 1}\n{"step": 2}\n{"st')
     assert read_metrics(log) == [{"step": 1}, {"step": 2}]
     log.write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
-    with pytest.raises(ProfileError, match="line 2, is not JSON"):
+    with pytest.raises(ProfileError, match="line 2, is not a JSON object"):
+        read_metrics(log)
+    log.write_text('{"step": 1}\n3\n{"step": 3}\n')
+    with pytest.raises(ProfileError, match="line 2, is not a JSON object"):
         read_metrics(log)
 
 

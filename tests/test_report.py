@@ -239,10 +239,16 @@ def test_the_command_and_bad_input(runs, tmp_path, capsys):
     assert "is not a folder" in error(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
     assert "run wsdino-evaluate" in error(tmp_path / "empty")
-    for content, words in (("{", "is not JSON"), ("[]", "not a result"), ('{"format": 99}', "not a result")):
+    for content, words in (
+        ("{", "is not JSON"),
+        ("[]", "not a result"),
+        ('{"format": 1, "sets": {"a": 1}}', "not a result"),
+        ('{"format": 99}', "not a result"),
+    ):
         (tmp_path / "empty" / "results.json").write_text(content)
         assert words in error(tmp_path / "empty")
     assert "--dataset /nowhere is not a folder" in error(runs[0], "--dataset", "/nowhere")
+    assert "is not a dataset with treatments and previews" in error(runs[0], "--dataset", tmp_path / "empty")
     assert "No such file" in error(runs[0], "--output", tmp_path / "no" / "such" / "place.html", "--no_thumbnails")
     with pytest.raises(ProfileError):
         load_run(tmp_path / "absent")
