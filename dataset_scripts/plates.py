@@ -77,9 +77,18 @@ def present_images(
     ScreenError
         One is absent, unless `allow_missing`.
     """
-    present = pd.DataFrame(
-        {c: [find_file(raw, file) is not None for file in fields[f"{c}_file"]] for c in channels}, index=fields.index
+    paths = pd.DataFrame(
+        {c: [find_file(raw, file) for file in fields[f"{c}_file"]] for c in channels}, index=fields.index, dtype=object
     )
+    present = paths.notna()
+    found = paths.stack().dropna()
+    twice = found[found.duplicated(keep=False)]
+    if len(twice):
+        (one, _), (two, _) = twice.index[twice == twice.iloc[0]][:2]
+        raise ScreenError(
+            f"lines {fields.loc[one, 'row']} and {fields.loc[two, 'row']} of {table} both lead to {twice.iloc[0]}: "
+            "keep the folders that the table names"
+        )
     absent = int((~present).to_numpy().sum())
     if absent and not allow_missing:
         i = present.index[(~present.all(axis=1)).to_numpy()][0]

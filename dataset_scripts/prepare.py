@@ -37,7 +37,7 @@ from .plates import (
     present_images,
     read_plane,
 )
-from .screen import PARTS, ScreenColumns, ScreenError
+from .screen import PARTS, ScreenColumns, ScreenError, usable_cores
 
 ROWS_A_GROUP = 32
 _TICKS = None  # in a worker process: the queue that counts images for the progress bar
@@ -462,7 +462,7 @@ def _worker_count(workers: int | None, tasks: list[PlateTask]) -> int:
     if workers is None:
         rows, columns = tasks[0].image_size or (1024, 1280)
         pixels = sum(len(task.fields) for task in tasks) * rows * columns
-        workers = len(os.sched_getaffinity(0)) if pixels > 2e7 else 1
+        workers = usable_cores() if pixels > 2e7 else 1
     return max(1, min(workers, len(tasks)))
 
 

@@ -7,6 +7,7 @@ brings its own :class:`ScreenColumns`.
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,13 +147,12 @@ def read_screen(image_csv, moa_csv=None, columns: ScreenColumns | None = None) -
             path[name == ""] = ""
         else:
             path = name.str.replace("\\", "/")
-        twice = path[(path != "") & path.duplicated(keep=False)]
-        if len(twice):
-            rows = ", ".join(str(fields["row"][i]) for i in twice.index[twice == twice.iloc[0]][:4])
-            raise ScreenError(
-                f"{image_csv}: lines {rows} name the same {channel} file {twice.iloc[0]}: mend the table"
-            )
         fields[f"{channel}_file"] = path
+    named = pd.concat([fields[f"{channel}_file"] for channel in columns.channels])
+    twice = named[(named != "") & named.duplicated(keep=False)]
+    if len(twice):
+        rows = " and ".join(str(fields["row"][i]) for i in twice.index[twice == twice.iloc[0]][:2])
+        raise ScreenError(f"{image_csv}: lines {rows} name the same file {twice.iloc[0]}: mend the table")
 
     if columns.site:
         fields["site"] = _numbers(raw, columns.site, image_csv).astype(int)
@@ -251,6 +251,11 @@ def _numbers(table: pd.DataFrame, column: str, path) -> pd.Series:
         i = int(bad.idxmax())
         raise ScreenError(f"{path}, line {i + 2}: column {column!r} is {table[column][i]!r}, which is not a number")
     return numbers
+
+
+def usable_cores() -> int:
+    """Cores that this process may use, which in a container are fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def channel_pattern(name: str) -> bool:

@@ -25,7 +25,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .draw_cells import Optics, Phenotype, draw_field, mechanism_phenotypes
-from .screen import ScreenError, read_screen
+from .screen import ScreenError, read_screen, usable_cores
 
 HEADER = (
     "TableNumber,ImageNumber,Image_FileName_DAPI,Image_PathName_DAPI,Image_FileName_Tubulin,Image_PathName_Tubulin,"
@@ -170,7 +170,12 @@ def simulate_screen(
         if all(json.loads(done.read_text()).get(key) == value for key, value in description.items()):
             return folder
         raise ScreenError(f"{folder} holds another simulation: choose another folder, or remove this one")
-    if folder.exists() and any(folder.iterdir()) and not begun.is_file():
+    if begun.is_file():
+        if begun.read_text() != json.dumps(description):
+            raise ScreenError(
+                f"{folder} holds an unfinished simulation of other settings: remove it, or finish that one"
+            )
+    elif folder.exists() and any(folder.iterdir()):
         raise ScreenError(f"{folder} is not empty and holds no simulation: choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     begun.write_text(json.dumps(description))
@@ -196,8 +201,10 @@ def simulate_screen(
         "strength": strengths,
         "optics": {plate: asdict(value) for plate, value in optics.items()},
     }
-    begun.write_text(json.dumps(description, indent=1))
-    os.replace(begun, done)
+    finished = folder / "simulation.json.finished"
+    finished.write_text(json.dumps(description, indent=1))
+    os.replace(finished, done)
+    begun.unlink()
     return folder
 
 
@@ -393,7 +400,7 @@ def _write_well(task) -> None:
 def _run(function, tasks, workers, progress, what) -> None:
     if workers is None:
         # Starting processes costs more than drawing a small screen.
-        workers = len(os.sched_getaffinity(0)) if len(tasks) >= 100 else 1
+        workers = usable_cores() if len(tasks) >= 100 else 1
     bar = tqdm(total=len(tasks), desc=what, disable=not progress, mininterval=0.5)
     if workers == 1:
         for task in tasks:

@@ -116,6 +116,19 @@ def test_missing_images(raw, tmp_path, capsys):
     assert absent == [rows[0]["Image_PathName_Actin"] + "/" + rows[0]["Image_FileName_Actin"]]
 
 
+def test_two_rows_that_lead_to_one_file(tmp_path):
+    """In a flat folder the plates' folders are gone: names that only differ by folder must not be mixed up."""
+    from dataset_scripts import ScreenColumns
+
+    Image.fromarray(np.full((20, 24), 500, np.uint16)).save(tmp_path / "A01.tif")
+    (tmp_path / "t.csv").write_text("P,W,S,D,C,F\np1,A01,1,x,1,p1/A01.tif\np2,A01,1,x,1,p2/A01.tif\n")
+    columns = ScreenColumns(
+        channels={"dna": ("F", None)}, plate="P", well="W", site="S", compound="D", concentration="C", replicate=None
+    )
+    with pytest.raises(ScreenError, match="lines 2 and 3 of .*t.csv both lead to .*A01.tif"):
+        build_dataset(tmp_path, tmp_path / "out", image_csv=tmp_path / "t.csv", columns=columns, progress=False)
+
+
 def test_safe_to_repeat_and_restartable(raw, tmp_path):
     output = tmp_path / "out"
     build_dataset(raw, output, progress=False)

@@ -123,6 +123,30 @@ def test_marks_itself_and_is_safe_to_repeat(screen, tmp_path):
         simulate_screen(tmp_path, size="tiny")
 
 
+def test_an_interrupted_simulation_is_finished_with_the_same_bytes(tmp_path, monkeypatch):
+    from dataset_scripts import simulate
+
+    changes = dict(seed=3, progress=False, image_size=(40, 48), scale=0.3, workers=1)
+    whole = simulate_screen(tmp_path / "whole", "tiny", **changes)
+    drawn, real = [], simulate._write_well
+
+    def dies(task):
+        if len(drawn) == 5:
+            raise KeyboardInterrupt
+        drawn.append(task)
+        real(task)
+
+    monkeypatch.setattr(simulate, "_write_well", dies)
+    with pytest.raises(KeyboardInterrupt):
+        simulate_screen(tmp_path / "cut", "tiny", **changes)
+    monkeypatch.undo()
+    assert not (tmp_path / "cut" / "simulation.json").exists()
+    with pytest.raises(ScreenError, match="unfinished"):
+        simulate_screen(tmp_path / "cut", "tiny", **{**changes, "seed": 4})
+    simulate_screen(tmp_path / "cut", "tiny", **changes)
+    assert digest_of(tmp_path / "cut") == digest_of(whole)
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
