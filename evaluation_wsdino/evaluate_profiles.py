@@ -475,6 +475,15 @@ def format_table(results):
         for channel, part in scores["channels"].items():
             ratio = f"{part['participation_ratio']:.1f} of {part['features']}"
             lines.append(f"  {channel:<22}{share(part, 'nsc'):>18}{share(part, 'nscb'):>18}{ratio:>20}")
+    for comparison in results["comparisons"]:
+        for prefix in ("nsc", "nscb"):
+            part = comparison[prefix]
+            if part["compared"]:
+                lines.append(
+                    f"{comparison['second']} against {comparison['first']}, {prefix.upper()}: "
+                    f"{100 * part['difference']:+.1f} points ({len(part['gained'])} gained, {len(part['lost'])} lost, "
+                    f"p = {part['p_compound']:.2g} by compound)"
+                )
     for channel, training in results["training"].items():
         verdict = training["collapse"]
         lines.append(f"training, {channel}: {'; '.join([verdict['verdict'], *verdict['reasons']])}")

@@ -307,7 +307,7 @@ _MONITORS = (
 )  # fmt: skip
 
 
-def _training_section(runs):
+def _training_section(runs, window):
     if not any(run["metrics"] for run in runs):
         return ""
     parts = ["<h2 id=training>Did training go well?</h2>"]
@@ -356,7 +356,7 @@ def _training_section(runs):
         if heading:
             parts.append(f"<h3>{escape(heading)}</h3>")
         parts.append(f'<div class="grid-charts">{"".join(charts)}</div>')
-    parts.append(_epochs_section(runs))
+    parts.append(_epochs_section(runs, window))
     return "".join(parts)
 
 
@@ -369,9 +369,9 @@ def _is_number(line, field):
     return isinstance(line.get(field), (int, float)) and isinstance(line.get("step"), (int, float))
 
 
-def _epochs_section(runs, prefix="nscb"):
+def _epochs_section(runs, fixed=None, prefix="nscb"):
     """Scores taken during training: the last, the mean over a window fixed beforehand, and the best with its mark."""
-    rows, window = [], None
+    rows, window = [], fixed
     channels = sorted({channel for run in runs for channel in run["metrics"]}, key=_channel_key)
     for channel in channels:
         curves = {}
@@ -381,10 +381,11 @@ def _epochs_section(runs, prefix="nscb"):
                 curves[run["name"]] = [(line.get("epoch", line["step"]), line[prefix]) for line in lines]
         if not curves:
             continue
-        # The last quarter of what every run has reached.
-        end = min(points[-1][0] for points in curves.values())
-        window = (0.75 * end, end)
-        curves = {name: points for name, points in curves.items() if any(window[0] <= x <= end for x, _ in points)}
+        if fixed is None:  # the last quarter of what every run has reached
+            end = min(points[-1][0] for points in curves.values())
+            window = (0.75 * end, end)
+        first, last = window
+        curves = {name: points for name, points in curves.items() if any(first <= x <= last for x, _ in points)}
         if not curves:
             continue
         summary = epoch_curves(curves, window)
@@ -642,8 +643,8 @@ def _settings_section(runs):
     return f"<h2 id=settings>Settings and versions</h2><details><summary>{len(rows)} entries</summary>{body}</details>"
 
 
-def render_report(runs):
-    """The page's HTML text, for runs as `load_run` gives them (at least one)."""
+def render_report(runs, window=None):
+    """The page's HTML text, for runs as `load_run` gives them (at least one); `window`: see `wsdino-report --help`."""
     several = len(runs) > 1
     title = (
         " and ".join([", ".join(run["name"] for run in runs[:-1]), runs[-1]["name"]]) if several else runs[0]["name"]
@@ -670,7 +671,7 @@ def render_report(runs):
         ),
         ("comparison", "Differences", _comparison_section(runs)),
         ("measures", "Measures", _measures_section(runs)),
-        ("training", "Training", _training_section(runs)),
+        ("training", "Training", _training_section(runs, window)),
         ("mechanisms", "Mechanisms", _moa_section(runs)),
         ("map", "Map", "".join(["<h2 id=map>Map of treatments</h2>", *[_map_section(run, several) for run in runs]])),
         ("pictures", "Pictures", _pictures_section(runs)),
@@ -714,7 +715,7 @@ def render_report(runs):
     )
 
 
-def write_report(run_folders, output=None, dataset=None):
+def write_report(run_folders, output=None, dataset=None, window=None):
     """Write the page about one or several run folders; returns its path (default: report.html in the first folder)."""
     runs = [load_run(folder, dataset) for folder in tqdm(run_folders, desc="Reading", unit="run", disable=None)]
     names = Counter(run["name"] for run in runs)
@@ -723,7 +724,7 @@ def write_report(run_folders, output=None, dataset=None):
             run["name"] = str(folder)
     output = Path(output) if output else Path(run_folders[0]) / "report.html"
     partial = output.with_name(output.name + ".partial")
-    partial.write_text(render_report(runs), encoding="utf-8")
+    partial.write_text(render_report(runs, window), encoding="utf-8")
     os.replace(partial, output)
     return output
 
@@ -739,6 +740,13 @@ def main(argv=None):
     parser.add_argument(
         "--dataset", help="folder of the dataset, for thumbnails (default: the one in the run's settings)"
     )
+    parser.add_argument(
+        "--window",
+        nargs=2,
+        type=float,
+        metavar=("FIRST", "LAST"),
+        help="epochs over which scores during training are averaged (default: the last quarter)",
+    )
     parser.add_argument("--no_thumbnails", action="store_true", help="leave the treatments' pictures out")
     arguments = parser.parse_args(argv)
     try:
@@ -746,7 +754,10 @@ def main(argv=None):
             raise ProfileError(
                 f"--dataset {arguments.dataset} is not a folder: name the dataset that the run was made of."
             )
-        path = write_report(arguments.runs, arguments.output, False if arguments.no_thumbnails else arguments.dataset)
+        if arguments.window and not 0 <= arguments.window[0] <= arguments.window[1]:
+            raise ProfileError("--window takes the first and the last epoch, the first not above the last.")
+        dataset = False if arguments.no_thumbnails else arguments.dataset
+        path = write_report(arguments.runs, arguments.output, dataset, arguments.window)
     except (ProfileError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     print(f"Written: {path} ({path.stat().st_size / 1e6:.1f} MB)")

@@ -153,7 +153,9 @@ def test_a_run_is_evaluated_and_written(run):
     low, high = trained["nsc_wilson"]
     assert low < trained["nsc"] <= high
     assert set(trained["channels"]) == {"dna", "tubulin"}
-    assert "SIMULATED" in format_table(results)
+    table = format_table(results)
+    assert "SIMULATED" in table
+    assert f"trained against untrained, NSC: {100 * gain / 24:+.1f} points" in table
 
 
 def test_real_data_are_not_called_simulated(run):

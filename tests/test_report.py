@@ -236,6 +236,11 @@ def test_the_command_and_bad_input(runs, tmp_path, capsys):
         assert text.count("\n") == 1 and text.startswith("wsdino-report: error: ")
         return text
 
+    main([str(runs[0]), "--output", str(tmp_path / "page.html"), "--no_thumbnails", "--window", "0.5", "2"])
+    text = Page((tmp_path / "page.html").read_text()).text
+    # NSCB was logged at epochs 0.9, 1.9, 2.9 and 3.9 as 0.25 + step / 100: of the window's two the mean is 0.39.
+    assert "mean of epochs 0.5 to 2" in text and "39.0 %" in text
+    assert "--window takes" in error(runs[0], "--window", 3, 1)
     assert "is not a folder" in error(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
     assert "run wsdino-evaluate" in error(tmp_path / "empty")
