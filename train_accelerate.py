@@ -9,6 +9,7 @@ run goes on exactly where it stopped.
 """
 
 import ctypes
+import errno
 import json
 import os
 import platform
@@ -177,7 +178,7 @@ def check_run_folder(arguments: TrainingArguments) -> None:
         if changed:
             flags = ", ".join(f"--{name}" for name in changed)
             raise TrainingError(f"{run} holds a run with other settings ({flags}): give another --output_dir.")
-    elif run.exists() and (not run.is_dir() or any(run.iterdir())):
+    elif run.exists() and (not run.is_dir() or any(path.name != "settings.json.partial" for path in run.iterdir())):
         raise TrainingError(f"{run} is not empty and holds no run: give another --output_dir.")
 
 
@@ -355,7 +356,14 @@ class ChannelRun:
         if self.accelerator.is_main_process and partial.exists():
             shutil.rmtree(partial)
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(partial))
+        try:
+            self.accelerator.save_state(str(partial))
+        except Exception as error:  # the writers of a full disk's files raise errors of their own, not OSError
+            kept = self.checkpoints()
+            raise TrainingError(
+                f"{partial} could not be written ({error}); {kept[0] if kept else 'no checkpoint'} is whole: "
+                "make room and give --resume."
+            ) from error
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             write_json(partial / "progress.json", {"step": step, "global_batch": self.global_batch})
@@ -538,7 +546,7 @@ class ChannelRun:
         if not self.accelerator.is_main_process:
             return
         lines = self.log_path.read_text().splitlines() if self.log_path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= first_step]
+        kept = [line for line in lines if logged_step(line) <= first_step]
         partial = self.log_path.with_name("metrics.jsonl.partial")
         partial.write_text("".join(line + "\n" for line in kept))
         partial.replace(self.log_path)
@@ -599,6 +607,14 @@ class ChannelRun:
 
     def _image_processor(self) -> WSDinoImageProcessor:
         return WSDinoImageProcessor(tile_size=self.arguments.tile_size, max_intensity=self.max_intensity)
+
+
+def logged_step(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinite for a line that a killed run left half-written."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
 
 
 def drop_path_seed(seed: int, step: int, process: int) -> int:
@@ -663,6 +679,10 @@ def main(argv: list[str] | None = None) -> None:
         finished = train(arguments)
     except (TrainingError, ScreenError, ProfileError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        parser.exit(2, f"{parser.prog}: error: {error.filename} cannot be written ({error.strerror}).\n")
     if not finished:
         parser.exit(130)
 

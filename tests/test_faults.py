@@ -1,0 +1,152 @@
+"""What happens when things go wrong: killed runs, killed processes, half-written files, full disks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_accelerate
+from benchmarks.kill_and_resume import FLAGS, kill_and_resume
+
+ROOT = Path(__file__).parents[1]
+
+
+def weights(run):
+    return load_file(run / "dna" / "model" / "model.safetensors")
+
+
+def train(screen, run, *flags):
+    train_accelerate.main(["--dataset", str(screen), "--output_dir", str(run), *FLAGS, *flags])
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_ends_as_if_it_never_was(tmp_path):
+    """Four kills here; `python -m benchmarks.kill_and_resume` does twenty and prints the count."""
+    seen = kill_and_resume(tmp_path, kills=4, epochs=20, seed=1, longest=2.0)
+    assert seen["kills"] >= 3
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_others_and_one_process_goes_on_with_the_same_batches(tiny_screen, tmp_path):
+    """Rank 1 of two is killed: the launch ends by itself; one process with the same global batch finishes the run."""
+    flags = ["--epochs", "16", "--drop_path_rate", "0"]
+    train(tiny_screen, tmp_path / "whole", *flags)
+    words = [
+        *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2"),
+        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+        *("train_accelerate.py", "--dataset", str(tiny_screen), "--output_dir", str(tmp_path / "run"), *FLAGS, *flags),
+        *("--batch_size", "2"),
+    ]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    launch = subprocess.Popen(
+        words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    checkpoints = tmp_path / "run" / "dna" / "checkpoints"
+    while launch.poll() is None and not list(checkpoints.glob("step_*[0-9]")):
+        time.sleep(0.05)
+    ranks = [pid for pid in children(launch.pid) if environment_of(pid).get("RANK") == "1"]
+    assert ranks, "the second process was not found"
+    os.kill(ranks[0], signal.SIGKILL)
+    _, said = launch.communicate(timeout=120)  # ends by itself instead of hanging
+    assert launch.returncode != 0 and "SIGKILL" in said or "-9" in said
+    assert not (tmp_path / "run" / "dna" / "model").exists()
+    train(tiny_screen, tmp_path / "run", *flags, "--resume")
+    for name, tensor in weights(tmp_path / "whole").items():
+        torch.testing.assert_close(weights(tmp_path / "run")[name], tensor, atol=1e-4, rtol=1e-2)
+
+
+def children(pid):
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = entry.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid:
+            child = int(entry.parent.name)
+            found += [child, *children(child)]
+    return found
+
+
+def environment_of(pid):
+    try:
+        pairs = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return {}
+    return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+
+
+def test_a_half_written_log_line_and_leftovers_do_not_stop_a_resume(tiny_screen, tmp_path):
+    flags = ["--epochs", "3"]
+    train(tiny_screen, tmp_path / "whole", *flags)
+    train(tiny_screen, tmp_path / "run", *flags, "--stop_after_epoch", "2")
+    folder = tmp_path / "run" / "dna"
+    with (folder / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 999, "partner_fallbacks": {"self": 0}')  # ends like a whole line
+    leftover = folder / "checkpoints" / "step_99999999.partial"
+    leftover.mkdir()
+    (leftover / "model.safetensors").write_bytes(b"half")
+    (tmp_path / "run" / "settings.json.partial").write_text('{"half')
+    train(tiny_screen, tmp_path / "run", *flags, "--resume")
+    assert all(
+        torch.equal(tensor, weights(tmp_path / "run")[name]) for name, tensor in weights(tmp_path / "whole").items()
+    )
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps) and steps[-1] < 999
+
+
+def test_a_folder_killed_before_its_settings_were_whole_starts_afresh(tiny_screen, tmp_path):
+    (tmp_path / "settings.json.partial").write_text('{"half')
+    train(tiny_screen, tmp_path, "--epochs", "2", "--max_steps", "1")
+    assert (tmp_path / "dna" / "model" / "model.safetensors").exists()
+
+
+def test_a_full_disk_during_a_checkpoint_leaves_the_last_one_whole(tiny_screen, tmp_path, monkeypatch, capsys):
+    """The disk fills in the middle of the second checkpoint: one sentence, status 2, the first checkpoint resumes."""
+    flags = ["--epochs", "4"]
+    train(tiny_screen, tmp_path / "whole", *flags)
+    saves = []
+    write = train_accelerate.Accelerator.save_state
+
+    def fill(self, folder, **kwargs):
+        saves.append(folder)
+        if len(saves) == 2:
+            Path(folder).mkdir(parents=True)
+            (Path(folder) / "model.safetensors").write_bytes(b"half of it")
+            raise OSError(28, "No space left on device", folder)
+        return write(self, folder, **kwargs)
+
+    monkeypatch.setattr(train_accelerate.Accelerator, "save_state", fill)
+    with pytest.raises(SystemExit) as ended:
+        train(tiny_screen, tmp_path / "run", *flags)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "No space left on device" in said and "Traceback" not in said
+    train(tiny_screen, tmp_path / "run", *flags, "--resume")
+    assert all(
+        torch.equal(tensor, weights(tmp_path / "run")[name]) for name, tensor in weights(tmp_path / "whole").items()
+    )
+
+
+def test_no_pickle_of_a_checkpoint_is_executed(tiny_screen, tmp_path, capsys):
+    """A checkpoint whose files were swapped for a pickle that runs code is named and skipped; nothing runs."""
+    import pickle
+
+    class Bomb:
+        def __reduce__(self):
+            return (os.system, (f"touch {tmp_path / 'exploded'}",))
+
+    train(tiny_screen, tmp_path / "run", "--epochs", "3", "--stop_after_epoch", "2")
+    newest = sorted((tmp_path / "run" / "dna" / "checkpoints").iterdir())[-1]
+    for file in ("optimizer.bin", "custom_checkpoint_0.pkl", "random_states_0.pkl"):
+        (newest / file).write_bytes(pickle.dumps(Bomb()))
+    capsys.readouterr()
+    train(tiny_screen, tmp_path / "run", "--epochs", "3", "--resume")
+    assert f"{newest} is damaged and skipped" in capsys.readouterr().out
+    assert not (tmp_path / "exploded").exists()
