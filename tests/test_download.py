@@ -259,6 +259,16 @@ def test_a_failing_plate_keeps_the_others(server, raw, tmp_path):
     assert not (tmp_path / "out" / ".build" / f"{plates[0]}.json").exists()
 
 
+def test_a_full_disk_is_told_before_anything_is_fetched(server, tmp_path, monkeypatch):
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 1000))
+    with pytest.raises(ScreenError, match="0.00 GB free and about .* GB are needed"):
+        build_dataset(tmp_path / "raw", tmp_path / "out", download=True, base_url=server.url, progress=False)
+    assert not [name for name, _ in server.requests if name.endswith(".zip")]
+
+
 def test_addresses_are_checked(tmp_path):
     with pytest.raises(ScreenError, match="http"):
         Downloader("ftp://example.org", tmp_path)

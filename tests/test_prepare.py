@@ -1,6 +1,7 @@
 """The dataset builder: what `load_dataset` gives back, against plain loops over the raw files."""
 
 import csv
+import hashlib
 import json
 
 import numpy as np
@@ -151,6 +152,33 @@ def test_safe_to_repeat_and_restartable(raw, tmp_path):
     assert changed == {output / shard["path"] for shard in records[0]["shards"].values()}
 
 
+def test_dying_in_the_middle_of_a_plate(raw, built, tmp_path, monkeypatch):
+    """No shard is taken for whole: going on gives the bytes of an uninterrupted build."""
+    from dataset_scripts import prepare
+
+    real, rows = prepare.plate_rows, []
+
+    def dies(*arguments):
+        for row in real(*arguments):
+            rows.append(row)
+            if len(rows) == 40:
+                raise KeyboardInterrupt
+            yield row
+
+    monkeypatch.setattr(prepare, "plate_rows", dies)
+    with pytest.raises(KeyboardInterrupt):
+        build_dataset(raw, tmp_path / "out", progress=False)
+    monkeypatch.undo()
+    assert list((tmp_path / "out").rglob("*.partial"))
+    done = {path.stem for path in (tmp_path / "out" / ".build").glob("*.json")}
+    assert 0 < len(done) < 6
+    build_dataset(raw, tmp_path / "out", progress=False)
+    assert not list((tmp_path / "out").rglob("*.partial"))
+    for path in built.rglob("*"):
+        if path.is_file():
+            assert (tmp_path / "out" / path.relative_to(built)).read_bytes() == path.read_bytes(), path
+
+
 def test_output_that_holds_something_else(raw, built, tmp_path):
     (tmp_path / "letter.txt").write_text("mine")
     with pytest.raises(ScreenError, match="something else"):
@@ -280,6 +308,8 @@ def test_illumination_is_the_paper_s_and_saved(raw, built, tmp_path):
 
     with Image.open(built / record["functions"]["actin"]["file"]["path"]) as image:
         levels = np.asarray(image)
+    digest = hashlib.sha256(levels.astype("<u2").tobytes()).hexdigest()
+    assert digest == record["functions"]["actin"]["sha256"]
     np.testing.assert_allclose(levels / levels.min(), function, rtol=1e-6)
     checked = 0
     for row in load(built, "all", tmp_path):
