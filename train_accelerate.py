@@ -321,6 +321,9 @@ class ChannelRun:
         if a.gradient_checkpointing:
             student.backbone.activation_checkpointing_enable()
         teacher.requires_grad_(False).eval()
+        if a.compile:  # in place, so that the weights keep their names
+            student.backbone.compile()
+            teacher.backbone.compile()
         dim = student.backbone.config.hidden_size
         optimizer = torch.optim.AdamW(parameter_groups(student), lr=a.learning_rate, fused=True)
         self.student, self.optimizer = self.accelerator.prepare(student.train(), optimizer)
@@ -634,6 +637,7 @@ def train(arguments: TrainingArguments) -> bool:
     check_launch(arguments)
     if arguments.init == "random":
         check_arguments(arguments, arguments.patch_size)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = arguments.tf32
     accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
     expected = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != expected:

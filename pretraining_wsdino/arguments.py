@@ -26,6 +26,7 @@ PRESETS = {
     "fast": {
         "output_dir": "runs/fast",
         "mixed_precision": "bf16",
+        "tf32": True,
         "batch_size": 64,
         "learning_rate": 1.6e-5,
         "final_learning_rate": 1.2e-5,
@@ -143,6 +144,8 @@ class TrainingArguments:
     final_weight_decay: float = setting(0.0, "At the end of its cosine.")
     max_grad_norm: float = setting(0.0, "Clip the gradient's global norm; 0 is off.")
     mixed_precision: str = setting("no", "no (float32), bf16 or fp16.")
+    tf32: bool = setting(False, "On a GPU, let float32 matrix products round their factors to TF32.")
+    compile: bool = setting(False, "Compile both backbones with torch.compile; pays on a GPU, hardly on a CPU.")
 
     save_every: int = setting(10, "Epochs between checkpoints; the last step always has one.")
     keep: int = setting(2, "Checkpoints kept; older ones are deleted once a newer one is whole.")
@@ -156,8 +159,8 @@ class TrainingArguments:
 # Settings that may differ between a run and its resumption, since none changes what is learned. Of `batch_size` and
 # the accumulation only the product with the number of processes matters, and the loop checks that one.
 FREE_ON_RESUME = set(
-    "preset dataset channels output_dir resume gradient_checkpointing stop_after_epoch max_steps batch_size "
-    "gradient_accumulation_steps save_every keep eval_every eval_parts log_every num_workers trackers".split()
+    "preset dataset channels output_dir resume tf32 compile gradient_checkpointing stop_after_epoch max_steps "
+    "batch_size gradient_accumulation_steps save_every keep eval_every eval_parts log_every num_workers trackers".split()
 )
 
 

@@ -166,8 +166,9 @@ class FeatureWindow(nn.Module):
     def add(self, features: torch.Tensor) -> None:
         """`features (n, dim)`; only the last `length` are kept when n is larger."""
         features = features.detach()[-len(self.features) :].to(self.features)
-        place = (int(self.seen) + torch.arange(len(features))) % len(self.features)
-        self.features[place.to(self.features.device)] = features
+        # All on the device: asking for the count here would make the host wait for the teacher.
+        place = (self.seen + torch.arange(len(features), device=self.seen.device)) % len(self.features)
+        self.features[place] = features
         self.seen += len(features)
 
     def participation_ratio(self) -> float:

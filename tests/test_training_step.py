@@ -177,6 +177,17 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
         torch.testing.assert_close(left, right, atol=1e-6, rtol=1e-5)
 
 
+def test_compiling_changes_nothing_but_rounding(tmp_path, monkeypatch):
+    """The graphs are captured and differentiated as ever, but run without a C++ compiler, which a machine may lack."""
+    compiling = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiling(self, backend="aot_eager"))
+    plain, compiled = (channel_run(tmp_path, compile=flag, drop_path_rate=0.0) for flag in (False, True))
+    assert list(plain.student.state_dict()) == list(compiled.student.state_dict())
+    for step in range(3):
+        losses = [float(run._step(step, micro_batches(run, step))["loss"]) for run in (plain, compiled)]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
 def test_an_eight_bit_screen_with_other_names_trains(tmp_path):
     """A newcomer's data: a channel "er", a label "gene", no plates, 8 bits."""
     run = channel_run(tmp_path, dataset=screen(np.uint8))
