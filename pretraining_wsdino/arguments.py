@@ -160,7 +160,9 @@ class TrainingArguments:
 # the accumulation only the product with the number of processes matters, and the loop checks that one.
 FREE_ON_RESUME = set(
     "preset dataset channels output_dir resume tf32 compile gradient_checkpointing stop_after_epoch max_steps "
-    "batch_size gradient_accumulation_steps save_every keep eval_every eval_parts log_every num_workers trackers".split()
+    "batch_size gradient_accumulation_steps save_every keep eval_every eval_parts log_every num_workers "
+    "trackers".split()
+)
 )
 
 
