@@ -163,7 +163,6 @@ FREE_ON_RESUME = set(
     "batch_size gradient_accumulation_steps save_every keep eval_every eval_parts log_every num_workers "
     "trackers".split()
 )
-)
 
 
 def preset_arguments(preset: str) -> dict:
