@@ -16,9 +16,9 @@ import json
 import os
 import shutil
 from collections import deque
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 
 import pandas as pd
@@ -37,7 +37,8 @@ from .plates import (
     present_images,
     read_plane,
 )
-from .screen import PARTS, ScreenColumns, ScreenError, usable_cores
+from .processes import process_pool, shared_queue, usable_cores
+from .screen import PARTS, ScreenColumns, ScreenError
 
 ROWS_A_GROUP = 32
 _TICKS = None  # in a worker process: the queue that counts images for the progress bar
@@ -382,9 +383,6 @@ class _Here:
             _share_ticks(None)
         return future
 
-    def shutdown(self, **_) -> None:
-        pass
-
 
 def _run(tasks, workers, progress, downloader=None, downloads=1, keep_raw=False) -> None:
     """Build plates in processes, with a progress bar of images; fetch each plate first, if there is a downloader."""
@@ -401,15 +399,23 @@ def _run(tasks, workers, progress, downloader=None, downloads=1, keep_raw=False)
         disable=not progress,
         mininterval=0.5,
     )
-    if workers == 1:
-        pool, ticks, threads = _Here(bar), None, {}
-    else:
-        # One process a plate is enough; a BLAS that starts threads in every one of them costs fourfold.
-        threads = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-        os.environ.update(dict.fromkeys(threads, "1"))
-        context = get_context("spawn")
-        ticks = context.Queue()
-        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_share_ticks, initargs=(ticks,))
+    with ExitStack() as stack:
+        stack.callback(bar.close)
+        ticks = shared_queue() if workers > 1 else None
+        if ticks is None:
+            pool = _Here(bar)
+        else:
+            pool = stack.enter_context(process_pool(workers, _share_ticks, (ticks,)))
+        failures = _work_off(tasks, pool, workers, bar, ticks, downloader, downloads, keep_raw)
+        if not failures:
+            bar.update(total - bar.n)  # ticks still under way from the processes
+    if failures:
+        more = f" ({len(failures) - 1} more plates failed)" if len(failures) > 1 else ""
+        raise ScreenError(f"{failures[0]}{more}; the plates that are built are kept")
+
+
+def _work_off(tasks, pool, workers, bar, ticks, downloader, downloads, keep_raw) -> list[ScreenError]:
+    """Build every task; returns the errors of single plates that others need not stop for (when downloading)."""
     fetchers = ThreadPoolExecutor(max(downloads, 1))
     waiting, fetching, building, failures = deque(tasks), {}, {}, []
     try:
@@ -449,13 +455,7 @@ def _run(tasks, workers, progress, downloader=None, downloads=1, keep_raw=False)
         if downloader is not None:
             downloader.stopped.set()
         fetchers.shutdown(wait=True, cancel_futures=True)
-        pool.shutdown(wait=True, cancel_futures=True)
-        for name, value in threads.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-        bar.close()
-    if failures:
-        more = f" ({len(failures) - 1} more plates failed)" if len(failures) > 1 else ""
-        raise ScreenError(f"{failures[0]}{more}; the plates that are built are kept")
+    return failures
 
 
 def _worker_count(workers: int | None, tasks: list[PlateTask]) -> int:

@@ -7,7 +7,6 @@ brings its own :class:`ScreenColumns`.
 from __future__ import annotations
 
 import json
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -251,11 +250,6 @@ def _numbers(table: pd.DataFrame, column: str, path) -> pd.Series:
         i = int(bad.idxmax())
         raise ScreenError(f"{path}, line {i + 2}: column {column!r} is {table[column][i]!r}, which is not a number")
     return numbers
-
-
-def usable_cores() -> int:
-    """Cores that this process may use, which in a container are fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def channel_pattern(name: str) -> bool:

@@ -15,9 +15,7 @@ import json
 import os
 import uuid
 import zlib
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +23,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from .draw_cells import Optics, Phenotype, draw_field, mechanism_phenotypes
-from .screen import ScreenError, read_screen, usable_cores
+from .processes import process_pool, usable_cores
+from .screen import ScreenError, read_screen
 
 HEADER = (
     "TableNumber,ImageNumber,Image_FileName_DAPI,Image_PathName_DAPI,Image_FileName_Tubulin,Image_PathName_Tubulin,"
@@ -407,7 +406,7 @@ def _run(function, tasks, workers, progress, what) -> None:
             function(task)
             bar.update()
     else:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        with process_pool(workers) as pool:
             for _ in pool.map(function, tasks, chunksize=4):
                 bar.update()
     bar.close()
