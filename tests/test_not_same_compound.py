@@ -480,6 +480,7 @@ def test_blocks_do_not_change_the_answer(monkeypatch):
         whole = not_same_compound(profiles, moas, compounds, batches, **options)
         monkeypatch.setattr(module, "_BLOCK_BYTES", 8 * 103 * 10)
         monkeypatch.setattr(module, "_LEAST_ROWS", 1)
+        monkeypatch.setattr(module, "_WHOLE_BYTES", 0)
         assert repr(not_same_compound(profiles, moas, compounds, batches, **options)) == repr(whole)
         monkeypatch.undo()
 

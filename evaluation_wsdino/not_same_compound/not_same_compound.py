@@ -73,6 +73,7 @@ Examples:
 
 # One block of similarities: some three arrays of that size live at once, best in the processor's cache.
 _BLOCK_BYTES = 4 * 2**20
+_WHOLE_BYTES = 64 * 2**20  # up to this all similarities are computed at once
 _LEAST_ROWS = 128  # fewer rows a product would waste the processor
 
 
@@ -260,10 +261,12 @@ def _search(vectors, euclidean, moa, compound, usable, scores, k, ties):
         single_candidates = single if len(columns) == count else single[columns]
         # Twice the bound on the error of a product of unit vectors (Higham 2002, section 3.1), and rounding them.
         window = np.float32(2 * (width + 4) * 2.0**-24)
+        # A product with its own transpose costs half; queries and candidates are the same rows here.
+        whole = single_candidates @ single_candidates.T if 4 * len(columns) ** 2 <= _WHOLE_BYTES else None
         unclear = []
         for start in range(0, len(queries), step):
             rows = queries[start : start + step]
-            similarity = single[rows] @ single_candidates.T
+            similarity = single[rows] @ single_candidates.T if whole is None else whole[start : start + step]
             open_rows = np.zeros(len(rows), dtype=bool)
             for score, inside in masked(rows, similarity, True):
                 pick = similarity.argmax(axis=1)
