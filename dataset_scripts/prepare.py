@@ -301,7 +301,7 @@ def _build_plate(task: PlateTask) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".partial")
         rows = []
-        with pq.ParquetWriter(partial, schema, compression="snappy") as writer:
+        with pq.ParquetWriter(partial, schema, compression="none") as writer:  # PNGs are compressed
             for row in plate_rows(chosen, task.raw, task.channels, task.preprocessing, functions, size, task.source):
                 rows.append(row)
                 _tick(len(task.channels))
