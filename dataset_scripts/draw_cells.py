@@ -438,7 +438,8 @@ def _draw_tubulin(rng, cells: _Cells, phenotype: Phenotype, label, depth, nuclea
     count = len(cells.row)
     body = np.where(label >= 0, np.append(cells.brightness, 0).astype(np.float32)[label], 0)
     dome = 0.45 + 0.55 * np.exp(-((depth / 0.55) ** 2))
-    signal = 900 * phenotype.tubulin_diffuse * body * dome
+    body *= np.where(np.append(cells.rounded, False)[label], 2.0, 1.0).astype(np.float32)  # they are thick
+    signal = 1250 * phenotype.tubulin_diffuse * body * dome
     if not count:
         return signal
 
@@ -484,9 +485,9 @@ def _draw_tubulin(rng, cells: _Cells, phenotype: Phenotype, label, depth, nuclea
     bundle = (rng.uniform(size=total) < phenotype.tubulin_bundling) & ~aster
     thin = _splat(label.shape, row[~bundle], column[~bundle], weight[~bundle])
     thick = _splat(label.shape, row[bundle], column[bundle], weight[bundle])
-    signal += 620 * scale * ndimage.gaussian_filter(thin, 0.7 * scale, truncate=3)
+    signal += 880 * scale * ndimage.gaussian_filter(thin, 0.7 * scale, truncate=3)
     if bundle.any():
-        signal += 3800 * scale * ndimage.gaussian_filter(thick, 1.6 * scale, truncate=3)
+        signal += 5600 * scale * ndimage.gaussian_filter(thick, 1.6 * scale, truncate=3)
 
     # The cloud by the nucleus: microtubule organising centre, or an aggresome when it is strong.
     away = rng.uniform(0, 2 * np.pi, count)
@@ -494,7 +495,7 @@ def _draw_tubulin(rng, cells: _Cells, phenotype: Phenotype, label, depth, nuclea
     dx = cells.nucleus_column + 0.9 * cells.nucleus_radius * np.cos(away)
     cloud = _splat(label.shape, dy, dx, np.where(cells.rounded, 0.3, phenotype.tubulin_perinuclear))
     width = 6.0 * scale
-    signal += 2300 * (2 * np.pi * width**2) * ndimage.gaussian_filter(cloud, width, truncate=3)
+    signal += 3200 * (2 * np.pi * width**2) * ndimage.gaussian_filter(cloud, width, truncate=3)
     return signal * (1 - 0.2 * nuclear)
 
 
