@@ -56,10 +56,12 @@ from pretraining_wsdino import (
     changed_settings,
     check_arguments,
     cosine_schedule,
+    koleo_loss,
     linear_schedule,
     preset_arguments,
     resize_windows,
     update_teacher,
+    whiten_patch_embedding,
 )
 
 SIMULATED_DEMO = Path("data/simulated_demo")
@@ -202,6 +204,7 @@ def initial_backbone(arguments: TrainingArguments, channel: str, drop_path_rate:
             num_attention_heads=arguments.num_attention_heads,
             patch_size=arguments.patch_size,
             image_size=arguments.global_crop_size,
+            initializer_range=arguments.initializer_range,
             **own,
         )
         torch.manual_seed(arguments.seed)
@@ -328,7 +331,8 @@ class ChannelRun:
         optimizer = torch.optim.AdamW(parameter_groups(student), lr=a.learning_rate, fused=True)
         self.student, self.optimizer = self.accelerator.prepare(student.train(), optimizer)
         self.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
-        self.loss = DinoLoss(a.num_prototypes, a.student_temperature, a.center_momentum).to(self.accelerator.device)
+        self.loss = DinoLoss(a.num_prototypes, a.student_temperature, a.center_momentum, a.centering)
+        self.loss.to(self.accelerator.device)
         self.features = FeatureWindow(1024, dim).to(self.accelerator.device)
         self.accelerator.register_for_checkpointing(self.loss, self.features)
 
@@ -337,12 +341,18 @@ class ChannelRun:
         a = self.arguments
         backbone = initial_backbone(a, self.channel, drop_path_rate)
         check_arguments(a, backbone.config.patch_size)
+        if a.whiten_patches:
+            patches = backbone.embeddings.patch_embeddings
+            whiten_patch_embedding(
+                patches.weight, patches.bias, self.planes, self.max_intensity, rows=self.pairs.rows, seed=a.seed
+            )
         torch.manual_seed(a.seed + 1)
         head = DinoHead(
             backbone.config.hidden_size,
             a.num_prototypes,
             hidden_dim=a.head_hidden_dim,
             bottleneck_dim=a.head_bottleneck_dim,
+            initializer_range=a.initializer_range,
         )
         return MultiCropNetwork(backbone, head)
 
@@ -405,6 +415,8 @@ class ChannelRun:
             accelerator.print(f"{self.channel}: already trained to step {first_step}.")
             return True
         self._open_log(first_step)
+        if a.whiten_patches and first_step == 0:  # what training started from, which the seed alone does not give
+            self._save_model(self.folder / "initial")
         if a.trackers:
             plain = {k: v for k, v in asdict(a).items() if isinstance(v, int | float | str | bool)}
             accelerator.init_trackers("wsdino", config=plain)
@@ -496,9 +508,15 @@ class ChannelRun:
             self.features.add(teacher_features)
             last = number + 1 == len(micro_batches)
             with nullcontext() if last else accelerator.no_sync(self.student):
-                student_logits, _ = self.student(views)
+                student_logits, student_features = self.student(views)
                 loss, monitors = self.loss(student_logits, teacher_logits, a.batch_size, temperature)
-                accelerator.backward(loss / len(micro_batches))
+                total = loss
+                if a.koleo_weight:  # each global view apart: two views of one image are neighbours by right
+                    seen = student_features[: a.global_crops * a.batch_size].split(a.batch_size)
+                    monitors["koleo"] = torch.stack([koleo_loss(view) for view in seen]).mean()
+                    total = loss + a.koleo_weight * monitors["koleo"]
+                    monitors["koleo"] = monitors["koleo"].detach()
+                accelerator.backward(total / len(micro_batches))
             collected.append({"loss": loss.detach(), **monitors})
         student = accelerator.unwrap_model(self.student)
         if epoch < a.freeze_last_layer_epochs:

@@ -1,9 +1,19 @@
 """Self-distillation with weak labels: pairs, crops, head, loss, teacher and schedules, in plain PyTorch."""
 
 from .arguments import TrainingArguments, TrainingError, changed_settings, check_arguments, preset_arguments
-from .distillation import DinoHead, DinoLoss, FeatureWindow, MultiCropNetwork, participation_ratio, update_teacher
+from .distillation import (
+    DinoHead,
+    DinoLoss,
+    FeatureWindow,
+    MultiCropNetwork,
+    koleo_loss,
+    participation_ratio,
+    sinkhorn_targets,
+    update_teacher,
+)
 from .multicrop import CropSpec, cut_window, draw_boxes, resize_windows
 from .pairs import PairBatchSampler, PlanePairs, WeakLabelPairCollator, WeakLabelPairSampler
+from .patch_whitening import whiten_patch_embedding
 from .schedules import cosine_schedule, linear_schedule
 
 __all__ = [
@@ -23,9 +33,12 @@ __all__ = [
     "cosine_schedule",
     "cut_window",
     "draw_boxes",
+    "koleo_loss",
     "linear_schedule",
     "participation_ratio",
     "preset_arguments",
     "resize_windows",
+    "sinkhorn_targets",
     "update_teacher",
+    "whiten_patch_embedding",
 ]

@@ -105,6 +105,10 @@ class TrainingArguments:
     num_hidden_layers: int = setting(12, "Depth of a network that starts from random weights.")
     num_attention_heads: int = setting(6, "Heads of a network that starts from random weights.")
     patch_size: int = setting(8, "Patch side in pixels of a network that starts from random weights.")
+    initializer_range: float = setting(0.02, "SD of random weights, the head's too; 1 / sqrt(width) for narrow ones.")
+    whiten_patches: bool = setting(
+        False, "Start a random patch embedding from the whitened patches of the training images."
+    )
     drop_path_rate: float = setting(0.1, "Stochastic depth of the student's last block; earlier ones less, linearly.")
     gradient_checkpointing: bool = setting(False, "Trade a slower step for less memory.")
 
@@ -127,6 +131,8 @@ class TrainingArguments:
     teacher_temperature: float = setting(0.04, "Softmax temperature of the teacher after its warm-up.")
     warmup_teacher_temperature: float = setting(0.04, "Teacher temperature in the first epoch.")
     warmup_teacher_temperature_epochs: int = setting(0, "Epochs over which the teacher temperature warms up.")
+    centering: str = setting("mean", "What keeps targets apart: mean (the moving centre) or sinkhorn (SwAV, DINOv2).")
+    koleo_weight: float = setting(0.0, "Weight of KoLeo, which spreads the student's features (0.1 in DINOv2).")
     center_momentum: float = setting(0.8, "Memory of the moving centre of the teacher's outputs.")
     teacher_momentum: float = setting(0.99, "EMA momentum of the teacher at the start; a cosine takes it to 1.")
 
@@ -220,6 +226,7 @@ def check_arguments(arguments: TrainingArguments, patch_size: int) -> None:
         "warmup_epochs",
         "weight_decay",
         "max_grad_norm",
+        "koleo_weight",
         "num_workers",
         "seed",
         "drop_path_rate",
@@ -228,7 +235,13 @@ def check_arguments(arguments: TrainingArguments, patch_size: int) -> None:
             raise TrainingError(f"--{name} is {getattr(a, name)}: give 0 or more.")
     if a.global_crops + a.local_crops < 2:
         raise TrainingError("--global_crops and --local_crops make a single view: the loss compares at least two.")
-    for name in ("student_temperature", "teacher_temperature", "warmup_teacher_temperature", "learning_rate"):
+    for name in (
+        "student_temperature",
+        "teacher_temperature",
+        "warmup_teacher_temperature",
+        "learning_rate",
+        "initializer_range",
+    ):
         if not getattr(a, name) > 0:
             raise TrainingError(f"--{name} is {getattr(a, name)}: give a positive number.")
     for name in ("center_momentum", "teacher_momentum"):
@@ -236,6 +249,12 @@ def check_arguments(arguments: TrainingArguments, patch_size: int) -> None:
             raise TrainingError(f"--{name} is {getattr(a, name)}: give a number from 0 to 1.")
     if a.max_intensity is not None and not a.max_intensity > 0:
         raise TrainingError(f"--max_intensity is {a.max_intensity}: give a positive number of counts.")
+    if a.centering not in ("mean", "sinkhorn"):
+        raise TrainingError(f"--centering is {a.centering!r}: use mean or sinkhorn.")
+    if a.koleo_weight and a.batch_size < 2:
+        raise TrainingError("--koleo_weight needs a neighbour in the batch: give --batch_size 2 or more.")
+    if a.whiten_patches and a.init != "random":
+        raise TrainingError("--whiten_patches would overwrite the weights of --init: leave one of them out.")
     if a.mixed_precision not in ("no", "bf16", "fp16"):
         raise TrainingError(f"--mixed_precision is {a.mixed_precision!r}: use no, bf16 or fp16.")
     if a.unlabelled not in ("drop", "self"):

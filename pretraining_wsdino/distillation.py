@@ -16,6 +16,7 @@ class DinoHead(nn.Module):
         num_prototypes: outputs; 65,536 in the paper.
         hidden_dim, bottleneck_dim: 2,048 and 256 in the paper.
         free_norm: train the length of each prototype (the paper; DINO's `norm_last_layer=False`), or keep it at 1.
+        initializer_range: standard deviation of the MLP's truncated normals; 0.02 in DINO, whose layers are wide.
 
     `(n, in_dim)` -> `(n, num_prototypes)`.
     """
@@ -27,6 +28,7 @@ class DinoHead(nn.Module):
         hidden_dim: int = 2048,
         bottleneck_dim: int = 256,
         free_norm: bool = True,
+        initializer_range: float = 0.02,
     ):
         super().__init__()
         self.mlp = nn.Sequential(
@@ -38,9 +40,9 @@ class DinoHead(nn.Module):
         )
         for layer in self.mlp:
             if isinstance(layer, nn.Linear):
-                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.trunc_normal_(layer.weight, std=initializer_range)
                 nn.init.zeros_(layer.bias)
-        # Only the MLP has the 0.02 initialisation in DINO; the prototypes keep nn.Linear's own, with unit length.
+        # Only the MLP has this initialisation in DINO; the prototypes keep nn.Linear's own, with unit length.
         last_layer = nn.Linear(bottleneck_dim, num_prototypes, bias=False)
         self.last_layer = nn.utils.parametrizations.weight_norm(last_layer, dim=0)
         length = self.last_layer.parametrizations.weight.original0
@@ -67,6 +69,53 @@ class MultiCropNetwork(nn.Module):
         return self.head(features), features
 
 
+def _sum_over_processes(value: torch.Tensor) -> torch.Tensor:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(value)
+    return value
+
+
+@torch.no_grad()
+def sinkhorn_targets(logits: torch.Tensor, temperature: float, iterations: int = 3) -> torch.Tensor:
+    """Teacher targets that use all prototypes equally: Sinkhorn-Knopp in place of centring and softmax.
+
+    Caron et al. 2020 (SwAV), section 3.1; in DINO by Oquab et al. 2023 (DINOv2), section 4. Rows and columns of
+    exp(logits / temperature) are scaled in turn, the rows last, so that each image's targets sum to 1; the columns are
+    those of one micro-batch over all processes.
+
+    Args:
+        logits: `(n, prototypes)`, this process's rows.
+        iterations: 3 in both papers.
+
+    Returns:
+        `(n, prototypes)` float32.
+    """
+    # In double precision, shifted by the largest logit of all, so that low temperatures neither overflow nor vanish.
+    scaled = logits.double() / temperature
+    largest = scaled.max()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+    targets = torch.exp(scaled - largest)
+    rows = _sum_over_processes(torch.tensor(float(len(targets)), device=logits.device, dtype=torch.float64))
+    for _ in range(iterations):
+        columns = _sum_over_processes(targets.sum(0, keepdim=True)).clamp_min(1e-300)
+        targets *= rows / (len(columns[0]) * columns)
+        targets /= targets.sum(1, keepdim=True).clamp_min(1e-300)
+    return targets.float()
+
+
+def koleo_loss(features: torch.Tensor) -> torch.Tensor:
+    """Spreads features over the sphere: minus the mean log distance of each to its nearest neighbour in the batch.
+
+    Sablayrolles et al. 2019; Oquab et al. 2023 (DINOv2), section 4. `features (n, dim)` of one view of n images,
+    n >= 2; they are made unit length first.
+    """
+    unit = F.normalize(features.float(), dim=-1)
+    with torch.no_grad():
+        nearest = (unit @ unit.T).fill_diagonal_(-2.0).argmax(1)
+    return -torch.log((unit - unit[nearest]).norm(dim=1) + 1e-8).mean()
+
+
 class DinoLoss(nn.Module):
     """Cross-entropy of the student under centred, sharpened teacher targets, over all pairs of different views.
 
@@ -74,11 +123,20 @@ class DinoLoss(nn.Module):
         num_prototypes: columns of the logits.
         student_temperature: 0.07 in the paper (0.1 in DINO).
         center_momentum: 0.8 in the paper (0.9 in DINO).
+        centering: "mean", the moving centre of the paper and of DINO, or "sinkhorn", see `sinkhorn_targets`, which
+            leaves the centre unused.
     """
 
-    def __init__(self, num_prototypes: int, student_temperature: float = 0.07, center_momentum: float = 0.8):
+    def __init__(
+        self,
+        num_prototypes: int,
+        student_temperature: float = 0.07,
+        center_momentum: float = 0.8,
+        centering: str = "mean",
+    ):
         super().__init__()
         self.student_temperature, self.center_momentum = student_temperature, center_momentum
+        self.centering = centering
         self.register_buffer("center", torch.zeros(1, num_prototypes))
         self._sums: list[torch.Tensor] = []
 
@@ -102,9 +160,11 @@ class DinoLoss(nn.Module):
         )
         with torch.no_grad():
             teacher = teacher_logits.float()
-            targets = F.softmax((teacher - self.center) / teacher_temperature, dim=-1).view(
-                -1, batch_size, teacher.shape[-1]
-            )
+            if self.centering == "sinkhorn":
+                targets = sinkhorn_targets(teacher, teacher_temperature)
+            else:
+                targets = F.softmax((teacher - self.center) / teacher_temperature, dim=-1)
+            targets = targets.view(-1, batch_size, teacher.shape[-1])
             # Every student view learns from the sum of the targets of all *other* views: one product a student view
             # instead of one a pair.
             wanted = targets.sum(0, keepdim=True).expand(len(student), -1, -1).clone()
@@ -132,8 +192,7 @@ class DinoLoss(nn.Module):
         mean = torch.stack(self._sums).mean(0)
         self._sums.clear()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(mean)
-            mean /= torch.distributed.get_world_size()
+            mean = _sum_over_processes(mean) / torch.distributed.get_world_size()
         self.center.mul_(self.center_momentum).add_(mean, alpha=1 - self.center_momentum)
 
 

@@ -13,8 +13,11 @@ from pretraining_wsdino import (
     DinoLoss,
     FeatureWindow,
     MultiCropNetwork,
+    koleo_loss,
     participation_ratio,
+    sinkhorn_targets,
     update_teacher,
+    whiten_patch_embedding,
 )
 
 
@@ -91,6 +94,109 @@ def test_loss_is_float32_under_half_precision_logits():
     assert float(ours) == pytest.approx(
         float(loss_by_pairs(student.float(), teacher.float(), 0.0, 2, 0.07, 0.04)), 1e-6
     )
+
+
+def sinkhorn_by_loops(logits, temperature, iterations):
+    """Columns to sum n / K, then rows to sum 1, in turn, one number at a time."""
+    q = [[math.exp(value / temperature) for value in row] for row in logits.tolist()]
+    n, k = len(q), len(q[0])
+    for _ in range(iterations):
+        for column in range(k):
+            total = sum(q[row][column] for row in range(n))
+            for row in range(n):
+                q[row][column] *= n / (k * total)
+        for row in range(n):
+            total = sum(q[row])
+            q[row] = [value / total for value in q[row]]
+    return torch.tensor(q)
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_sinkhorn_equals_the_plain_loops(iterations):
+    torch.manual_seed(0)
+    logits = torch.randn(6, 9)
+    ours = sinkhorn_targets(logits, 0.1, iterations)
+    torch.testing.assert_close(ours, sinkhorn_by_loops(logits.double(), 0.1, iterations), atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(ours.sum(1), torch.ones(6))
+
+
+def test_sinkhorn_uses_all_prototypes_and_bears_extreme_logits():
+    torch.manual_seed(0)
+    shared = torch.randn(1, 16) * 5  # what all images have in common, which a softmax would answer to alone
+    used = sinkhorn_targets(shared + 0.3 * torch.randn(64, 16), 0.1, 50).sum(0)
+    torch.testing.assert_close(used, torch.full((16,), 4.0), atol=0.05, rtol=0)
+    assert sinkhorn_targets(torch.randn(8, 16) * 40 + 1e3, 0.04).isfinite().all()
+
+
+def test_loss_with_sinkhorn_equals_the_double_loop():
+    torch.manual_seed(0)
+    batch, prototypes = 4, 11
+    student, teacher = torch.randn(5 * batch, prototypes), torch.randn(2 * batch, prototypes)
+    targets = sinkhorn_by_loops(teacher.double(), 0.2, 3).float().split(batch)
+    total = 0.0
+    for t in range(2):
+        for s, view in enumerate(student.split(batch)):
+            if s != t:
+                total -= float((targets[t] * torch.log_softmax(view / 0.1, dim=1)).sum(1).mean()) / 8
+    loss = DinoLoss(prototypes, student_temperature=0.1, centering="sinkhorn")
+    loss.center.fill_(3.0)  # unused
+    ours, _ = loss(student, teacher, batch, 0.2)
+    assert float(ours) == pytest.approx(total, rel=1e-4)
+
+
+def _sinkhorn_worker(rank, store, results):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    results[rank] = sinkhorn_targets(torch.randn(10, 7)[rank * 5 : rank * 5 + 5], 0.1).tolist()
+    torch.distributed.destroy_process_group()
+
+
+def test_sinkhorn_of_two_processes_equals_that_of_all_rows(tmp_path):
+    results = torch.multiprocessing.get_context("spawn").Manager().dict()
+    torch.multiprocessing.spawn(_sinkhorn_worker, args=(str(tmp_path / "store"), results), nprocs=2)
+    torch.manual_seed(0)
+    expected = sinkhorn_by_loops(torch.randn(10, 7).double(), 0.1, 3)
+    torch.testing.assert_close(torch.tensor(results[0] + results[1]).double(), expected.double(), atol=1e-6, rtol=1e-4)
+
+
+def test_koleo_equals_the_plain_loops_and_its_gradient_parts_neighbours():
+    torch.manual_seed(0)
+    features = torch.randn(7, 5)
+    unit = [row / row.norm() for row in features.double()]
+    total = 0.0
+    for i, row in enumerate(unit):
+        # The neighbour by distance: on the sphere the largest cosine is the smallest distance.
+        total -= math.log(min(float((row - other).norm()) for j, other in enumerate(unit) if j != i))
+    assert float(koleo_loss(features)) == pytest.approx(total / 7, rel=1e-4)
+    near = torch.tensor([[1.0, 0.02], [1.0, -0.02]], requires_grad=True)
+    koleo_loss(near).backward()
+    assert near.grad[0, 1] < 0 < near.grad[1, 1]
+
+
+def test_whitened_patches_have_mean_zero_and_no_correlation():
+    random = np.random.default_rng(0)
+    # Smooth and bright: every pixel is its neighbour's half-brother.
+    noise = random.normal(size=(30, 41, 43))
+    planes = 4000 + 900 * (noise[:, :-1, :-1] + noise[:, 1:, :-1] + noise[:, :-1, 1:] + noise[:, 1:, 1:])
+    planes = planes.clip(0, 65535).astype(np.uint16)
+    embedding = nn.Conv2d(3, 16, 4, 4)
+    whiten_patch_embedding(embedding.weight, embedding.bias, planes, 10_000.0, rows=np.arange(2, 30), floor=0.0)
+    gray = torch.from_numpy(planes[2:].astype(np.float32)).clamp(max=10_000)[:, None] / 10_000
+    with torch.no_grad():
+        outputs = embedding(gray.expand(-1, 3, -1, -1)).permute(0, 2, 3, 1).flatten(0, 2).double()
+    # 16 filters of 16 pixels: outputs = M z with z white, so their covariance is M M^T of known size.
+    assert outputs.mean(0).abs().max() < 0.1
+    filters = embedding.weight.detach().double().sum(1).flatten(1).numpy()
+    pixels = gray[:, 0].double().numpy()
+    windows = np.lib.stride_tricks.sliding_window_view(pixels, (4, 4), axis=(1, 2))[:, ::4, ::4].reshape(-1, 16)
+    mixtures = filters @ np.linalg.cholesky(np.cov(windows.T))
+    assert np.linalg.norm(mixtures) ** 2 == pytest.approx(16, rel=0.35)  # 16 filters of variance about 1
+    scrambled = nn.Conv2d(3, 16, 4, 4)
+    whiten_patch_embedding(scrambled.weight, scrambled.bias, planes, 10_000.0, rows=np.arange(2, 30), floor=0.0)
+    torch.testing.assert_close(scrambled.weight, embedding.weight)
+    flat = np.full((3, 20, 20), 700, np.uint16)
+    whiten_patch_embedding(scrambled.weight, scrambled.bias, flat, 10_000.0)
+    assert scrambled.weight.isfinite().all() and scrambled.bias.isfinite().all()
 
 
 def test_head_equals_its_formula():
