@@ -187,7 +187,15 @@ def _plate_tasks(screen, output: Path, recipe: dict) -> list[PlateTask]:
     tasks = []
     for plate in screen.plate_names():
         fields = screen.plate_fields(plate)
-        digest = hashlib.sha256(json.dumps(recipe).encode() + fields.to_csv().encode()).hexdigest()
+        # The raw files' sizes and times, too: an image that came or changed since makes the plate anew.
+        states = [
+            (state.st_size, state.st_mtime_ns)
+            for channel in screen.channels
+            for file in fields[f"{channel}_file"]
+            if not screen.to_come and (path := find_file(screen.raw, file)) and (state := path.stat())
+        ]
+        known = json.dumps([recipe, states]).encode() + fields.to_csv().encode()
+        digest = hashlib.sha256(known).hexdigest()
         targets = {part: f"data/{part}/{plate}.parquet" for part in PARTS if (fields["part"] == part).any()}
         tasks.append(
             PlateTask(
@@ -212,26 +220,33 @@ def _open_output(output: Path, work: Path, recipe: dict, plates: list[str]) -> N
     """Accept a new folder, one of an interrupted build, or a finished dataset that this program wrote."""
     if output.exists() and not output.is_dir():
         raise ScreenError(f"{output} is a file: give a folder for the dataset")
-    finished = output / "build.json"
-    if output.exists() and any(output.iterdir()) and not work.is_dir() and not finished.is_file():
+    finished, begun = output / "build.json", work / "recipe"
+    if output.exists() and any(output.iterdir()) and not begun.is_file() and not finished.is_file():
         raise ScreenError(f"{output} holds something else than a dataset of this program: choose another folder")
-    if finished.is_file() and not work.is_dir():
-        before = json.loads(finished.read_text())
-        if before["recipe"] != recipe:
-            raise ScreenError(
-                f"{output} holds a dataset of other settings or another source ({before['recipe']['source']}): "
-                "choose another folder, or remove this one"
-            )
-        work.mkdir()
-        for record in before["plates"]:
-            _write_json(work / f"{record['plate']}.json", record)
-    work.mkdir(parents=True, exist_ok=True)
-    others = sorted({path.stem for path in work.glob("*.json")} - set(plates))
-    if others:
+    records = []
+    if begun.is_file():
+        before = json.loads(begun.read_text())
+        held = {path.stem for path in work.glob("*.json")}
+    elif finished.is_file():
+        build = json.loads(finished.read_text())
+        before, records = build["recipe"], build["plates"]
+        held = {record["plate"] for record in records}
+    else:
+        before, held = recipe, set()
+    if before != recipe:
+        raise ScreenError(
+            f"{output} holds a dataset of other settings or another source ({before['source']}): "
+            "choose another folder, or remove this one"
+        )
+    if others := sorted(held - set(plates)):
         raise ScreenError(
             f"{output} holds plate {others[0]}, which is not among the plates to build now: name it too (--plates), "
             "or choose another folder"
         )
+    work.mkdir(parents=True, exist_ok=True)
+    for record in records:
+        _write_json(work / f"{record['plate']}.json", record)
+    _write_json(begun, recipe)
 
 
 def _record_of(task: PlateTask) -> Path:

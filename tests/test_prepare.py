@@ -117,6 +117,17 @@ def test_missing_images(raw, tmp_path, capsys):
     assert absent == [rows[0]["Image_PathName_Actin"] + "/" + rows[0]["Image_FileName_Actin"]]
 
 
+def test_an_image_that_came_later_is_built_in(raw, tmp_path):
+    folder, late = copy_of(raw, tmp_path / "raw")
+    content = late.read_bytes()
+    late.unlink()
+    build_dataset(folder, tmp_path / "out", allow_missing=True, progress=False)
+    assert sum(row["tubulin"] is None for row in load(tmp_path / "out", "all", tmp_path)) == 1
+    late.write_bytes(content)
+    build_dataset(folder, tmp_path / "out", allow_missing=True, progress=False)
+    assert not any(row["tubulin"] is None for row in load(tmp_path / "out", "all", tmp_path))
+
+
 def test_two_rows_that_lead_to_one_file(tmp_path):
     """In a flat folder the plates' folders are gone: names that only differ by folder must not be mixed up."""
     from dataset_scripts import ScreenColumns
@@ -138,6 +149,7 @@ def test_safe_to_repeat_and_restartable(raw, tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in output.rglob("*.parquet")}
     # As if the process had died in one plate: its record is gone and its shard is cut.
     (output / ".build").mkdir()
+    (output / ".build" / "recipe").write_text(json.dumps(json.loads((output / "build.json").read_text())["recipe"]))
     records = json.loads((output / "build.json").read_text())["plates"]
     for record in records[1:]:
         (output / ".build" / f"{record['plate']}.json").write_text(json.dumps(record))
@@ -172,6 +184,8 @@ def test_dying_in_the_middle_of_a_plate(raw, built, tmp_path, monkeypatch):
     assert list((tmp_path / "out").rglob("*.partial"))
     done = {path.stem for path in (tmp_path / "out" / ".build").glob("*.json")}
     assert 0 < len(done) < 6
+    with pytest.raises(ScreenError, match="other settings"):
+        build_dataset(raw, tmp_path / "out", resize=1.0, progress=False)
     build_dataset(raw, tmp_path / "out", progress=False)
     assert not list((tmp_path / "out").rglob("*.partial"))
     for path in built.rglob("*"):
