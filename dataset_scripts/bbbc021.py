@@ -74,7 +74,7 @@ class RawScreen:
     plates : list of str, optional
         Build only these.
     source : str, optional
-        Default: what `simulation.json` in `raw` says, else "BBBC021v1".
+        Default: what `simulation.json` in `raw` says, else "BBBC021v1", or the folder's name for other columns.
     to_come : bool
         The images are still to be downloaded: do not look for them yet.
     """
@@ -101,8 +101,7 @@ class RawScreen:
         if self.moa_csv is None and self.columns == ScreenColumns():
             self.moa_csv = self._table("BBBC021_v1_moa.csv", self.raw, Path(self.image_csv).parent)
         if self.source is None:
-            marker = self.raw / "simulation.json"
-            self.source = json.loads(marker.read_text())["source"] if marker.is_file() else "BBBC021v1"
+            self.source = self._own_source()
         table = read_screen(self.image_csv, self.moa_csv, self.columns)
         if self.plates:
             absent = sorted(set(self.plates) - set(table["plate"]))
@@ -114,6 +113,15 @@ class RawScreen:
     @property
     def channels(self) -> list[str]:
         return list(self.columns.channels)
+
+    def _own_source(self) -> str:
+        marker = self.raw / "simulation.json"
+        if marker.is_file():
+            try:
+                return str(json.loads(marker.read_text())["source"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ScreenError(f"{marker} cannot be read ({error}): simulate the screen again") from error
+        return "BBBC021v1" if self.columns == ScreenColumns() else self.raw.resolve().name
 
     def _table(self, name: str, *folders: Path) -> Path:
         for folder in folders:

@@ -104,7 +104,8 @@ def build_dataset(
     plates : list of str, optional
         Build only these plates.
     source : str, optional
-        Text of the column `source`; default "BBBC021v1", or what the simulator wrote.
+        Text of the column `source`; default: what the simulator wrote, "BBBC021v1", or the folder's name for columns
+        of another screen.
     download : bool
         Fetch tables and plate archives first. A plate is fetched, built and its raw images deleted before many others
         are fetched, so the disk holds a few raw plates at a time.
