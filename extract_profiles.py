@@ -1,39 +1,60 @@
-"""Turn a training run's models into profiles, one Parquet file a set and one row a field, and pictures to look at.
+"""Turn networks and a dataset into profiles, one Parquet file a set and one row a field, and pictures to look at.
 
-    wsdino-extract runs/demo            # profiles/{trained,untrained,intensity}.parquet and pictures/*.png
+    wsdino-extract runs/demo                            # profiles/{trained,untrained,intensity}.parquet, pictures
+    wsdino-extract --model org/wsdino --dataset data/bbbc021 --output profiles.parquet
+    accelerate launch extract_profiles.py runs/paper    # several processes share the fields
 
-Beside the trained networks it extracts what they must beat, from the same fields through the same code: an untrained
-network of the same shape, the network that training started from where that was not random, and plain intensity
-statistics. Columns follow the cytomining convention: `Metadata_*` first, then `<channel>_<index>` features.
+Beside a run's trained networks it extracts what they must beat, from the same fields through the same code: an
+untrained network of the same shape, the network that training started from where that was not random, and plain
+intensity statistics. `--model` takes any network instead: a repository of one channel or of several, an original DINO
+checkpoint, a transformers ViT. Columns follow the cytomining convention: `Metadata_*`, then `<channel>_<index>`, each
+channel's features by themselves: the median over tiles, before any normalisation.
+
+Fields are decoded as they are needed and features are written every few hundred fields: memory does not grow with the
+screen, and a killed extraction goes on where it stopped when it is started again, on any number of processes.
 """
 
 import argparse
 import hashlib
 import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from datasets import concatenate_datasets, load_dataset
+from datasets.exceptions import DatasetsError
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from dataset_scripts import ScreenError, fields_with, open_planes
+from dataset_scripts import ScreenError, fields_with
+from evaluation_wsdino import ProfileError
 from evaluation_wsdino.pictures import draw_attention, draw_fields
+from evaluation_wsdino.shards import ProfileFile
 from modeling_wsdino import (
     WSDinoConfig,
     WSDinoFeatureExtractionPipeline,
     WSDinoImageProcessor,
     WSDinoModel,
+    WSDinoMultiChannelModel,
     attention_mass_mask,
 )
 from modeling_wsdino.convert_checkpoint import load_backbone
 from pretraining_wsdino import TrainingArguments, TrainingError
 
 SETS = ("trained", "untrained", "initial", "intensity")
+PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 METADATA = {
     "plate": "Plate",
     "well": "Well",
@@ -46,6 +67,10 @@ METADATA = {
     "replicate": "Replicate",
     "source": "Source",
 }
+FORMAT = 1  # of the features themselves: files of another one are extracted again
+
+
+# ---------------------------------------------------------------------------------------------- what is given
 
 
 def read_run(run: Path) -> tuple[dict, TrainingArguments, list[str]]:
@@ -66,10 +91,13 @@ def read_run(run: Path) -> tuple[dict, TrainingArguments, list[str]]:
 
 def load_parts(path: str, parts: list[str], channels: list[str]):
     """The asked parts of a dataset as one, in order; parts that the dataset lacks are an error."""
+    if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
+        raise ScreenError(f"There is no dataset folder {path}: build it with wsdino-prepare or give a Hub id.")
     try:
         dataset = concatenate_datasets([load_dataset(path, part, split="train") for part in parts])
-    except (ValueError, OSError) as error:
-        raise ScreenError(f"The dataset {path} has not all of the parts {', '.join(parts)}: {error}") from error
+    except (ValueError, OSError, DatasetsError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ScreenError(f"The dataset {path} cannot be loaded, parts {', '.join(parts)}: {reason}") from error
     missing = [name for name in channels if name not in dataset.column_names]
     if missing:
         raise ScreenError(
@@ -85,69 +113,366 @@ def metadata_table(dataset) -> pd.DataFrame:
     return table.rename(columns={column: f"Metadata_{name}" for column, name in present.items()})
 
 
+def check_fields_once(metadata: pd.DataFrame, parts: list[str]) -> None:
+    """Refuse parts that overlap: a field that stands in a profile file twice would be its own neighbour."""
+    keys = [name for name in ("Source", "Plate", "Well", "Site") if f"Metadata_{name}" in metadata]
+    if "Well" in keys and "Site" in keys:
+        twice = metadata.duplicated([f"Metadata_{name}" for name in keys])
+        if twice.any():
+            field = " ".join(str(metadata[f"Metadata_{name}"][twice].iloc[0]) for name in keys[-3:])
+            raise ScreenError(
+                f"--parts {' '.join(parts)} hold the field {field} twice: name parts that do not overlap."
+            )
+
+
+class Planes(Dataset):
+    """One channel's planes, `(height, width)` uint16 or uint8 of one size and depth, decoded as they are asked for."""
+
+    def __init__(self, dataset, channel: str, rows: list[int] | None = None):
+        self.table, self.channel = dataset.select_columns([channel]), channel
+        self.rows = range(len(dataset)) if rows is None else rows
+        self.like = None
+        self.like = self.read(0)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.read(self.rows[index])
+
+    def read(self, row: int) -> np.ndarray:
+        """The plane of a row of the dataset.
+
+        Raises:
+            ScreenError: naming the row, where it is no such image, or differs from the first in size or depth.
+        """
+        try:
+            plane = np.asarray(self.table[int(row)][self.channel])
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ScreenError(
+                f"row {row}: the {self.channel} image cannot be read ({error}): build it again."
+            ) from error
+        if plane.ndim != 2 or plane.dtype not in (np.uint8, np.uint16):
+            raise ScreenError(
+                f"row {row}: {self.channel} is {plane.dtype} of shape {plane.shape}, not one grey 8 or 16-bit plane."
+            )
+        if self.like is not None and (plane.shape, plane.dtype) != (self.like.shape, self.like.dtype):
+            raise ScreenError(
+                f"row {row}: {self.channel} is {plane.dtype} of shape {plane.shape} where row 0 is {self.like.dtype} "
+                f"of shape {self.like.shape}: all fields must have one size and depth."
+            )
+        return plane
+
+
+# ---------------------------------------------------------------------------------------------- features
+
+
+@dataclass
+class Options:
+    """How the work is done, which does not change what comes out."""
+
+    batch_size: int = 16
+    shard_fields: int = 512
+    num_workers: int = 0
+    compile: bool = False
+    device: str | torch.device | None = None
+    precision: str = "no"
+
+
+@dataclass
+class Extractor:
+    """Planes of one channel to rows of features: a network's, or without one intensity statistics."""
+
+    image_processor: WSDinoImageProcessor
+    model: WSDinoModel | None = None
+
+    def describe(self) -> dict:
+        """All that the features depend on, beside the planes."""
+        weights = hashlib.sha256()
+        for name, tensor in self.model.state_dict().items() if self.model is not None else ():
+            weights.update(name.encode() + tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+        names = ("tiles", "tile_size", "tile_grid", "max_intensity")
+        shape = ("patch_size", "num_attention_heads", "layer_norm_eps")
+        return {
+            "weights": weights.hexdigest() if self.model is not None else None,
+            **{name: getattr(self.image_processor, name) for name in names},
+            **{name: getattr(self.model.config, name) for name in shape if self.model is not None},
+        }
+
+    def check(self, planes: Planes) -> None:
+        """Refuse planes that this extractor cannot or must not take, before anything is written.
+
+        Raises:
+            ScreenError: 8-bit planes for a 16-bit model or the reverse; fields smaller than their tiles.
+        """
+        limit = self.image_processor.max_intensity
+        if (planes.like.dtype == np.uint8) != (limit <= 255):
+            depth = "8-bit" if planes.like.dtype == np.uint8 else "16-bit"
+            raise ScreenError(
+                f"The dataset's {planes.channel} images are {depth}, but the model was trained on intensities clipped "
+                f"at {limit:g}: give a dataset of the depth it was trained on."
+            )
+        try:
+            tile = self.image_processor.field_tiles(planes.like)[0]
+        except ValueError as error:
+            raise ScreenError(f"The dataset's {planes.channel} fields do not fit the tiles: {error}") from error
+        if self.model is not None and any(side % self.model.config.patch_size for side in tile.shape[1:]):
+            raise ScreenError(
+                f"Tiles of {tile.shape[1]}x{tile.shape[2]} pixels do not divide into patches of "
+                f"{self.model.config.patch_size}: choose a model whose image processor names another tile_size."
+            )
+
+    def stream(self, planes: Iterable[np.ndarray], options: Options) -> Iterator[np.ndarray]:
+        """One float32 vector a plane, in order."""
+        if self.model is not None:
+            yield from network_stream(self.model, self.image_processor, planes, options)
+        else:
+            rows = _Mapped(planes, partial(intensity_features, max_intensity=self.image_processor.max_intensity))
+            yield from DataLoader(rows, batch_size=None, num_workers=options.num_workers)
+
+
+class _Mapped(Dataset):
+    """A function of every plane."""
+
+    def __init__(self, planes: Planes, function):
+        self.planes, self.function = planes, function
+
+    def __len__(self) -> int:
+        return len(self.planes)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.function(self.planes[index])
+
+
+def network_stream(
+    model: WSDinoModel, image_processor: WSDinoImageProcessor, planes: Iterable[np.ndarray], options: Options
+) -> Iterator[np.ndarray]:
+    """`(hidden,)` float32 of every plane, through the very pipeline that users of the model run."""
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    extract = WSDinoFeatureExtractionPipeline(model=model.eval(), image_processor=image_processor, device=device)
+    inputs = planes if isinstance(planes, Dataset) else (plane for plane in planes)
+    stream = extract(inputs, batch_size=options.batch_size, num_workers=options.num_workers, return_tensors=True)
+    for features in stream:
+        yield features.numpy()
+
+
 def network_features(
     model: WSDinoModel, image_processor: WSDinoImageProcessor, planes: np.ndarray, batch_size: int, title: str
 ) -> np.ndarray:
-    """`(fields, hidden)` float32 through the very pipeline that users of the model run."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    extract = WSDinoFeatureExtractionPipeline(model=model.eval(), image_processor=image_processor, device=device)
-    stream = extract((plane for plane in planes), batch_size=batch_size, return_tensors=True)
-    return torch.stack(list(tqdm(stream, total=len(planes), desc=title, unit="field"))).numpy()
+    """`(fields, hidden)` float32 of all planes at once, with a progress bar."""
+    stream = network_stream(model, image_processor, planes, Options(batch_size))
+    return np.stack(list(tqdm(stream, total=len(planes), desc=title, unit="field")))
 
 
-def intensity_features(planes: np.ndarray, max_intensity: float, title: str) -> np.ndarray:
-    """`(fields, 11)` float32: mean, SD, skewness, seven percentiles and the share of clipped pixels, of whole fields.
+def intensity_features(plane: np.ndarray, max_intensity: float) -> np.ndarray:
+    """`(11,)` float32: mean, SD, skewness, seven percentiles and the share of clipped pixels, of a whole field.
 
     What a plate reader could see: no shape and no texture, so a profile that only beats this has learned staining.
     """
-    rows = np.empty((len(planes), 11), dtype=np.float32)
-    for row, plane in zip(rows, tqdm(planes, desc=title, unit="field"), strict=True):
-        scaled = np.asarray(plane, dtype=np.float64).ravel() / max_intensity
-        mean, deviation = scaled.mean(), scaled.std()
-        skewness = ((scaled - mean) ** 3).mean() / max(deviation, 1e-12) ** 3
-        percentiles = np.percentile(scaled, [1, 5, 25, 50, 75, 95, 99])
-        row[:] = [mean, deviation, skewness, *percentiles, (scaled > 1).mean()]
-    return rows
+    scaled = np.asarray(plane, dtype=np.float64).ravel() / max_intensity
+    mean, deviation = scaled.mean(), scaled.std()
+    skewness = ((scaled - mean) ** 3).mean() / max(deviation, 1e-12) ** 3
+    percentiles = np.percentile(scaled, [1, 5, 25, 50, 75, 95, 99])
+    return np.array([mean, deviation, skewness, *percentiles, (scaled > 1).mean()], dtype=np.float32)
 
 
-def extract_set(
-    name: str, run: Path, arguments: TrainingArguments, channel: str, planes: np.ndarray, batch_size: int
-) -> np.ndarray:
-    """Features of one set and channel over all fields."""
-    folder = run / channel / "model"
-    image_processor = WSDinoImageProcessor.from_pretrained(folder)
-    title = f"{name} {channel}"
-    if name == "intensity":
-        return intensity_features(planes, image_processor.max_intensity, title)
-    if name == "trained":
-        model = WSDinoModel.from_pretrained(folder)
-    elif name == "initial":
-        model = load_backbone(arguments.init, channel_names=[channel])
-    else:
-        torch.manual_seed(arguments.seed)
-        model = WSDinoModel(WSDinoConfig.from_pretrained(folder))
-    return network_features(model, image_processor, planes, batch_size, title)
+# ---------------------------------------------------------------------------------------------- networks
 
 
-def inputs_digest(run: Path, name: str, channels: list[str], dataset) -> str:
-    """Changes when anything that a profile file depends on changes: the images, the models, their processors."""
-    digest = hashlib.sha256(json.dumps([name, channels, dataset._fingerprint]).encode())
+def load_network(source: str | Path, **config_kwargs) -> WSDinoModel | WSDinoMultiChannelModel:
+    """A network of any layout.
+
+    Raises:
+        TrainingError: there is none, or it cannot be read.
+    """
+    try:
+        return load_backbone(source, **config_kwargs)
+    except (ValueError, OSError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise TrainingError(f"The model {source} cannot be loaded: {reason}") from error
+
+
+def load_image_processor(source: str | Path, model: WSDinoModel | WSDinoMultiChannelModel) -> WSDinoImageProcessor:
+    """The repository's own image processor; for networks of other layouts, four tiles of the size they know."""
+    try:
+        own = WSDinoImageProcessor.get_image_processor_dict(source)[0]
+    except (ValueError, OSError):
+        own = {}
+    if own.get("image_processor_type") == "WSDinoImageProcessor":
+        return WSDinoImageProcessor.from_dict(own)
+    return WSDinoImageProcessor(tile_size=model.config.image_size)
+
+
+def run_extractors(run: Path, name: str, arguments: TrainingArguments, channels: list[str]) -> dict[str, Extractor]:
+    """One set of a run: an extractor a channel."""
+    extractors = {}
     for channel in channels:
-        for file in ("config.json", "preprocessor_config.json", "model.safetensors"):
-            digest.update((run / channel / "model" / file).read_bytes())
-    return digest.hexdigest()
+        folder = run / channel / "model"
+        trained = load_network(folder)
+        model = None
+        if name == "trained":
+            model = trained
+        elif name == "initial":
+            model = load_network(arguments.init, channel_names=[channel])
+        elif name == "untrained":
+            torch.manual_seed(arguments.seed)
+            model = WSDinoModel(WSDinoConfig.from_pretrained(folder))
+        extractors[channel] = Extractor(load_image_processor(folder, trained), model)
+    return extractors
 
 
-def write_profiles(path: Path, metadata: pd.DataFrame, features: dict[str, np.ndarray], digest: str) -> None:
-    """One Parquet file, written beside and renamed."""
-    columns = {name: pa.array(metadata[name]) for name in metadata}
-    for channel, values in features.items():
-        columns |= {f"{channel}_{index:04d}": pa.array(values[:, index]) for index in range(values.shape[1])}
-    table = pa.table(columns).replace_schema_metadata({"wsdino_inputs": digest})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    pq.write_table(table, partial)
-    partial.replace(path)
+def model_extractors(source: str, channels: list[str] | None) -> dict[str, Extractor]:
+    """One extractor a channel for any network; one that knows no channel, as of ImageNet, takes each of `channels`.
+
+    Raises:
+        TrainingError: no such network, or not the network of these channels.
+    """
+    model = load_network(source)
+    known = list(model.config.channel_names)
+    if known and channels and not set(channels) <= set(known):
+        strange = sorted(set(channels) - set(known))[0]
+        raise TrainingError(f"--channels {strange}: the model {source} was trained on {', '.join(known)}.")
+    if not known and not channels:
+        raise TrainingError(f"The model {source} names no channel: say with --channels which it is to see.")
+    extractors = {}
+    for channel in channels or known:
+        if isinstance(model, WSDinoMultiChannelModel):
+            tower = WSDinoModel(WSDinoConfig.from_dict(model.config.to_dict() | {"channel_names": [channel]}))
+            tower.load_state_dict(model.towers[channel].state_dict())
+        else:
+            tower = model
+        extractors[channel] = Extractor(load_image_processor(source, model), tower)
+    return extractors
+
+
+# ---------------------------------------------------------------------------------------------- sharing the work
+
+
+def check_launch() -> PartialState:
+    """This process among those launched together.
+
+    `accelerate launch --cpu --num_processes 2` starts one process, but leaves the address of a group in its
+    environment without the group's size; that is how it is told.
+
+    Raises:
+        TrainingError: fewer processes work together than were asked for.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if launched and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise TrainingError(
+            "accelerate launched one process where several were asked for (its --cpu flag does so): use "
+            "'ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N --num_machines 1 "
+            "--mixed_precision no --dynamo_backend no extract_profiles.py ...'."
+        )
+    several = int(os.environ.get("WORLD_SIZE", 1))
+    # A process that is done waits for the slowest one, which may have much to decode.
+    waiting = {"timeout": timedelta(days=1)} if several > 1 else {}
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), **waiting)
+    if state.num_processes != several:
+        raise TrainingError(f"{several} processes were launched but {state.num_processes} work together.")
+    return state
+
+
+def my_batches(missing: list[tuple[int, int]], batch_size: int, process: int, processes: int) -> list[tuple[int, int]]:
+    """This process's share of the missing ranges of rows, cut at multiples of the batch size.
+
+    So every batch holds the same fields however many processes there are and wherever a run was killed, and the
+    features are the same to the bit.
+    """
+    batches = []
+    for first, last in missing:
+        cuts = [first, *range((first // batch_size + 1) * batch_size, last, batch_size), last]
+        batches += zip(cuts, cuts[1:], strict=False)
+    return batches[len(batches) * process // processes : len(batches) * (process + 1) // processes]
+
+
+def shards_of(batches: list[tuple[int, int]], shard_fields: int) -> list[tuple[int, int]]:
+    """Neighbouring batches joined up to the size of a shard, which is at least one batch."""
+    shards: list[tuple[int, int]] = []
+    for first, last in batches:
+        if shards and shards[-1][1] == first and last - shards[-1][0] <= shard_fields:
+            shards[-1] = (shards[-1][0], last)
+        else:
+            shards.append((first, last))
+    return shards
+
+
+def extract_channel(
+    file: ProfileFile, channel: str, extractor: Extractor, dataset, options: Options, state: PartialState
+) -> None:
+    """Write this process's share of the shards that a channel lacks."""
+    missing = [file.missing(channel) if state.is_main_process else None]
+    (missing,) = broadcast_object_list(missing)  # of one moment: the others write while this one looks
+    shards = shards_of(
+        my_batches(missing, options.batch_size, state.process_index, state.num_processes), options.shard_fields
+    )
+    rows = [row for first, last in shards for row in range(first, last)]
+    if not rows:
+        return
+    title = f"{file.path.stem} {channel}" + (f", 1 of {state.num_processes}" if state.num_processes > 1 else "")
+    planes = Planes(dataset, channel, rows)
+    with tqdm(total=len(rows), desc=title, unit="field", disable=not state.is_main_process) as bar:
+        stream = extractor.stream(planes, options)
+        for first, last in shards:
+            features = []
+            for row in islice(stream, last - first):
+                features.append(np.asarray(row))
+                bar.update()
+            file.write_shard(channel, first, np.stack(features))
+
+
+def extract_file(
+    path: Path,
+    extractors: dict[str, Extractor],
+    dataset,
+    metadata: pd.DataFrame,
+    options: Options,
+    state: PartialState,
+) -> None:
+    """Write one profile file, together with the other processes; one that is there and still true is kept.
+
+    Raises:
+        ScreenError, ProfileError: planes that do not suit the networks; a place that cannot be written.
+    """
+    described = {channel: extractor.describe() for channel, extractor in extractors.items()}
+    settings = {
+        "format": FORMAT,
+        "fingerprint": dataset._fingerprint,
+        "fields": len(dataset),
+        "precision": options.precision if any(e.model is not None for e in extractors.values()) else "no",
+        "channels": described,
+    }
+    digest = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    file = ProfileFile(path, metadata, list(extractors), digest, settings)
+    if file.is_whole():
+        if state.is_main_process:
+            print(f"{path} is up to date.")
+        return
+    for channel, extractor in extractors.items():
+        extractor.check(Planes(dataset, channel))
+        if extractor.model is not None:
+            extractor.model.to(PRECISIONS[options.precision])
+            if options.compile:
+                extractor.model.compile()
+    lock = FileLock(file.folder / "lock")  # the main process's; it dies with it
+    try:
+        if state.is_main_process:
+            file.start()
+            lock.acquire(timeout=0)
+        state.wait_for_everyone()
+        for channel, extractor in extractors.items():
+            extract_channel(file, channel, extractor, dataset, options, state)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            file.join()
+        state.wait_for_everyone()
+    except Timeout:
+        raise ProfileError(f"Another extraction is writing {path}: wait for it, or name another output.") from None
+    finally:
+        lock.release()
+
+
+# ---------------------------------------------------------------------------------------------- pictures
 
 
 def example_rows(dataset, count: int) -> list[int]:
@@ -159,76 +484,188 @@ def example_rows(dataset, count: int) -> list[int]:
     return controls + strongest.sort_values("moa").index[: count - len(controls)].tolist()
 
 
-def write_pictures(run: Path, dataset, channel: str, planes: np.ndarray) -> None:
+def write_pictures(folder: Path, extractors: dict[str, Extractor], dataset) -> None:
     """`fields_<channel>.png`, example fields; `attention_<channel>.png`, where the network looks (figure 1)."""
-    folder = run / channel / "model"
-    image_processor = WSDinoImageProcessor.from_pretrained(folder)
-    model = WSDinoModel.from_pretrained(folder).eval()
-    rows = example_rows(dataset, 8)
-    chosen = dataset.select_columns(["moa", "treatment"])[rows]
-    titles = [f"{moa}: {treatment}" for moa, treatment in zip(chosen["moa"], chosen["treatment"], strict=True)]
-    limit = image_processor.max_intensity
-    pictures = run / "pictures"
-    pictures.mkdir(exist_ok=True)
-    draw_fields([np.minimum(planes[row] / limit, 1) for row in rows], titles).save(pictures / f"fields_{channel}.png")
-    # One picture of the whole centre that the tiles cover: the network takes any size, and cells stay uncut.
-    whole = WSDinoImageProcessor(
-        tile_size=image_processor.tile_size * image_processor.tile_grid, tile_grid=1, max_intensity=limit
-    )
-    centres = np.stack([whole.field_tiles(planes[row])[0] for row in rows[:4]])
-    with torch.no_grad():
-        maps = model.attention_maps(torch.from_numpy(centres))
-    masks = attention_mass_mask(maps.mean(1), 0.6)
-    sheet = draw_attention(centres[:, 0], maps.numpy(), masks.numpy(), titles[:4])
-    sheet.save(pictures / f"attention_{channel}.png")
+    folder.mkdir(parents=True, exist_ok=True)
+    if {"moa", "treatment", "concentration"} <= set(dataset.column_names):
+        rows = example_rows(dataset, 8)
+        chosen = dataset.select_columns(["moa", "treatment"])[rows]
+        titles = [f"{moa}: {treatment}" for moa, treatment in zip(chosen["moa"], chosen["treatment"], strict=True)]
+    else:
+        rows = sorted({round(row) for row in np.linspace(0, len(dataset) - 1, 8)})
+        titles = [f"field {row}" for row in rows]
+    for channel, extractor in extractors.items():
+        planes, image_processor, model = Planes(dataset, channel, rows), extractor.image_processor, extractor.model
+        limit = image_processor.max_intensity
+        fields = [np.minimum(plane / limit, 1) for plane in planes]
+        draw_fields(fields, titles).save(folder / f"fields_{channel}.png")
+        # One picture of the whole centre that the tiles cover: the network takes any size, and cells stay uncut.
+        side = image_processor.tile_size * image_processor.tile_grid
+        whole = WSDinoImageProcessor(tile_size=side, tile_grid=1, max_intensity=limit)
+        centres = np.stack([whole.field_tiles(planes[index])[0] for index in range(min(4, len(planes)))])
+        with torch.no_grad():
+            maps = model.float().cpu().eval().attention_maps(torch.from_numpy(centres))
+        masks = attention_mass_mask(maps.mean(1), 0.6)
+        sheet = draw_attention(centres[:, 0], maps.numpy(), masks.numpy(), titles[: len(centres)])
+        sheet.save(folder / f"attention_{channel}.png")
 
 
-def extract(run: Path, dataset_path: str | None, parts: list[str], sets: list[str], batch_size: int) -> None:
-    """Write every asked set's profiles and the pictures of a run; what is there and still true is kept.
+# ---------------------------------------------------------------------------------------------- the command
+
+
+def choose_channels(asked: list[str] | None, known: list[str], owner: str) -> list[str]:
+    """The asked channels, all of which must be known; without any asked, all known."""
+    for name in asked or []:
+        if name not in known:
+            raise TrainingError(f"--channels {name}: {owner} has {', '.join(known)}.")
+    return asked or known
+
+
+def extract_run(
+    run: Path,
+    dataset_path: str | None,
+    parts: list[str],
+    sets: list[str],
+    channels: list[str] | None,
+    tiles: str | None,
+    options: Options,
+    state: PartialState,
+) -> None:
+    """Write every asked set's profiles and the pictures of a run.
 
     Raises:
-        TrainingError, ScreenError: no such run, dataset, part or set.
+        TrainingError, ScreenError, ProfileError: no such run, dataset, part, channel; a place that cannot be written.
     """
-    settings, arguments, channels = read_run(run)
-    dataset = load_parts(dataset_path or settings["dataset"]["path"], parts, channels)
-    planes = {channel: open_planes(dataset, channel) for channel in channels}
-    metadata = metadata_table(dataset)
+    settings, arguments, trained = read_run(run)
+    channels = choose_channels(channels, trained, str(run))
+    dataset, metadata = open_dataset(dataset_path or settings["dataset"]["path"], parts, channels, state)
     for name in sets:
         if name == "initial" and arguments.init == "random":
             continue  # random weights are the set "untrained"
-        path = run / "profiles" / f"{name}.parquet"
-        digest = inputs_digest(run, name, channels, dataset)
-        if path.exists() and (pq.read_schema(path).metadata or {}).get(b"wsdino_inputs") == digest.encode():
-            print(f"{path} is up to date.")
-            continue
-        features = {c: extract_set(name, run, arguments, c, planes[c], batch_size) for c in channels}
-        write_profiles(path, metadata, features, digest)
-    for channel in channels:
-        write_pictures(run, dataset, channel, planes[channel])
-    print(f"Wrote {len(dataset)} profiles a set into {run / 'profiles'} and pictures into {run / 'pictures'}.")
+        extractors = with_tiles(run_extractors(run, name, arguments, channels), tiles)
+        extract_file(run / "profiles" / f"{name}.parquet", extractors, dataset, metadata, options, state)
+    if state.is_main_process:
+        write_pictures(run / "pictures", run_extractors(run, "trained", arguments, channels), dataset)
+        print(f"Wrote {len(dataset)} profiles a set into {run / 'profiles'} and pictures into {run / 'pictures'}.")
+
+
+def extract_model(
+    source: str,
+    dataset_path: str,
+    parts: list[str],
+    output: Path,
+    channels: list[str] | None,
+    tiles: str | None,
+    pictures: Path | None,
+    options: Options,
+    state: PartialState,
+) -> None:
+    """Write one network's profiles of a dataset, and pictures where they are asked for.
+
+    Raises:
+        As `extract_run`.
+    """
+    extractors = with_tiles(model_extractors(source, channels), tiles)
+    dataset, metadata = open_dataset(dataset_path, parts, list(extractors), state)
+    extract_file(output, extractors, dataset, metadata, options, state)
+    if state.is_main_process:
+        if pictures is not None:
+            write_pictures(pictures, extractors, dataset)
+        print(f"Wrote {len(dataset)} profiles into {output}.")
+
+
+def open_dataset(path: str, parts: list[str], channels: list[str], state: PartialState):
+    """The fields and their metadata; one process a machine prepares the cache that the others read."""
+    with state.local_main_process_first():
+        dataset = load_parts(path, parts, channels)
+    metadata = metadata_table(dataset)
+    check_fields_once(metadata, parts)
+    return dataset, metadata
+
+
+def with_tiles(extractors: dict[str, Extractor], tiles: str | None) -> dict[str, Extractor]:
+    """The same extractors, cutting fields as asked."""
+    for extractor in extractors.values():
+        extractor.image_processor.tiles = tiles or extractor.image_processor.tiles
+    return extractors
+
+
+def make_parser() -> argparse.ArgumentParser:
+    help_format = type("Help", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {})
+    parser = argparse.ArgumentParser(prog="wsdino-extract", description=__doc__, formatter_class=help_format)
+    parser.add_argument("run", type=Path, nargs="?", help="folder of a training run")
+    parser.add_argument("--model", help="instead of a run: repository folder, Hub id or checkpoint file of a network")
+    parser.add_argument("--dataset", help="dataset folder or Hub id; of a run the one trained on if not given")
+    parser.add_argument("--output", type=Path, help="with --model: the Parquet file to write")
+    parser.add_argument("--parts", nargs="+", default=["annotated", "dmso"], help="configurations of the dataset")
+    parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS, help="of a run: what to extract")
+    parser.add_argument("--channels", nargs="+", help="which channels; all of the run's or model's if not given")
+    parser.add_argument("--pictures", type=Path, help="with --model: folder to write example pictures into")
+    tiles = ("paper", "full", "original_code")
+    parser.add_argument("--tiles", choices=tiles, help="which tiles of a field; the model's own choice if not given")
+    parser.add_argument("--batch_size", type=int, default=16, help="fields that go through the network together")
+    parser.add_argument(
+        "--shard_fields", type=int, default=512, help="fields between two writes: what a kill can cost"
+    )
+    parser.add_argument("--num_workers", type=int, default=0, help="processes that decode images, for each GPU")
+    parser.add_argument("--precision", choices=list(PRECISIONS), default="no", help="of the network; bf16, fp16: GPUs")
+    parser.add_argument("--compile", action="store_true", help="compile the network: pays on GPUs and many fields")
+    parser.add_argument("--device", help="such as cpu or cuda:1; what accelerate chooses if not given")
+    return parser
+
+
+def check_flags(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Refuse flags that contradict one another."""
+    for name in ("batch_size", "shard_fields"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} is {getattr(arguments, name)}: give 1 or more.")
+    if arguments.num_workers < 0:
+        parser.error(f"--num_workers is {arguments.num_workers}: give 0 or more.")
+    if (arguments.run is None) == (arguments.model is None):
+        parser.error("give either the folder of a run or --model, with --dataset and --output.")
+    if arguments.model is not None and (arguments.dataset is None or arguments.output is None):
+        parser.error("--model needs --dataset, what to extract, and --output, the Parquet file to write.")
+    if arguments.run is not None and (arguments.output is not None or arguments.pictures is not None):
+        parser.error("--output and --pictures belong to --model: a run's profiles and pictures lie in its folder.")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="wsdino-extract",
-        description=__doc__,
-        formatter_class=type(
-            "Help", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {}
-        ),
-    )
-    parser.add_argument("run", type=Path, help="folder of a training run")
-    parser.add_argument("--dataset", help="dataset folder or Hub id; the one trained on if not given")
-    parser.add_argument("--parts", nargs="+", default=["annotated", "dmso"], help="configurations of the dataset")
-    parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS, help="what to extract")
-    parser.add_argument("--batch_size", type=int, default=16, help="fields that go through the network together")
+    parser = make_parser()
     arguments = parser.parse_args(argv)
+    check_flags(parser, arguments)
     disable_progress_bar()  # of loading a file's weights, which is no work to wait for
-    if arguments.batch_size < 1:
-        parser.error(f"--batch_size is {arguments.batch_size}: give 1 or more.")
     try:
-        extract(arguments.run, arguments.dataset, arguments.parts, arguments.sets, arguments.batch_size)
-    except (TrainingError, ScreenError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+        state = check_launch()
+        options = Options(
+            batch_size=arguments.batch_size,
+            shard_fields=arguments.shard_fields,
+            num_workers=arguments.num_workers,
+            compile=arguments.compile,
+            device=choose_device(arguments.device, state),
+            precision=arguments.precision,
+        )
+        common = {"channels": arguments.channels, "tiles": arguments.tiles, "options": options, "state": state}
+        if arguments.run is not None:
+            extract_run(arguments.run, arguments.dataset, arguments.parts, arguments.sets, **common)
+        else:
+            places = {"output": arguments.output, "pictures": arguments.pictures}
+            extract_model(arguments.model, arguments.dataset, arguments.parts, **places, **common)
+    except (TrainingError, ScreenError, ProfileError) as error:
+        parser.exit(2, f"{parser.prog}: error: {one_sentence(error)}\n")
+
+
+def one_sentence(error: ValueError) -> str:
+    """The message itself, also of an error that arrives from a decoding process under that process's traceback."""
+    text = str(error).strip()
+    return text.splitlines()[-1].partition("Error: ")[2] if "DataLoader worker process" in text else text
+
+
+def choose_device(asked: str | None, state: PartialState) -> torch.device:
+    """The asked device, or the one that accelerate gave this process."""
+    try:
+        return torch.empty(0, device=asked or state.device).device
+    except (RuntimeError, AssertionError) as error:
+        raise TrainingError(f"--device {asked} is not to be had: {str(error).splitlines()[0]}") from error
 
 
 if __name__ == "__main__":
