@@ -313,7 +313,8 @@ def run_extractors(run: Path, name: str, arguments: TrainingArguments, channels:
         if name == "trained":
             model = trained
         elif name == "initial":
-            model = load_network(arguments.init, channel_names=[channel])
+            start = run / channel / "initial" if arguments.whiten_patches else arguments.init
+            model = load_network(start, channel_names=[channel])
         elif name == "untrained":
             torch.manual_seed(arguments.seed)
             model = WSDinoModel(WSDinoConfig.from_pretrained(folder))
@@ -540,7 +541,7 @@ def extract_run(
     channels = choose_channels(channels, trained, str(run))
     dataset, metadata = open_dataset(dataset_path or settings["dataset"]["path"], parts, channels, state)
     for name in sets:
-        if name == "initial" and arguments.init == "random":
+        if name == "initial" and arguments.init == "random" and not arguments.whiten_patches:
             continue  # random weights are the set "untrained"
         extractors = with_tiles(run_extractors(run, name, arguments, channels), tiles)
         extract_file(run / "profiles" / f"{name}.parquet", extractors, dataset, metadata, options, state)

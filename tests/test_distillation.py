@@ -13,6 +13,9 @@ from pretraining_wsdino import (
     DinoLoss,
     FeatureWindow,
     MultiCropNetwork,
+    TrainingArguments,
+    TrainingError,
+    check_arguments,
     koleo_loss,
     participation_ratio,
     sinkhorn_targets,
@@ -281,3 +284,18 @@ def test_feature_window_keeps_the_last_features_and_survives_a_save():
     short = FeatureWindow(10, 3)
     short.add(rows[:4])
     assert short.participation_ratio() == pytest.approx(participation_ratio(rows[:4]), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"centering": "median"}, "--centering is 'median'"),
+        ({"whiten_patches": True, "init": "facebook/dino-vits8"}, "--whiten_patches would overwrite"),
+        ({"koleo_weight": 0.1, "batch_size": 1}, "--koleo_weight needs a neighbour"),
+        ({"koleo_weight": -0.1}, "--koleo_weight is -0.1"),
+        ({"initializer_range": 0.0}, "--initializer_range is 0.0"),
+    ],
+)
+def test_settings_that_contradict_are_named(settings, words):
+    with pytest.raises(TrainingError, match=words):
+        check_arguments(TrainingArguments(**settings), 8)

@@ -150,6 +150,7 @@ def test_training_moves_the_weights_and_logs_the_schedules(tiny_screen, tmp_path
 
 def test_prototypes_rest_in_the_first_epoch(tiny_screen, tmp_path):
     flags = ("--channels", "dna", "--epochs", "2", "--warmup_epochs", "0", "--teacher_momentum", "0.5")
+    flags += ("--freeze_last_layer_epochs", "1")
     train(tiny_screen, tmp_path, *flags, "--stop_after_epoch", "1")
     _, arguments = train_accelerate.parse_arguments([*SMALL, *flags])
     start = prototypes_at_start(arguments)

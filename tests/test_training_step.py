@@ -211,3 +211,48 @@ def test_bf16_keeps_float32_master_weights_and_follows_float32(tmp_path):
     assert losses["no"] != losses["bf16"], "bf16 was not used"
     np.testing.assert_allclose(losses["bf16"], losses["no"], rtol=0.05)
     AcceleratorState._reset_state(True)
+
+
+def test_whitening_sinkhorn_and_koleo_enter_the_step(tmp_path):
+    """From the options for random weights: one start for both networks, and the gradient of loss + weight x KoLeo."""
+    run = channel_run(tmp_path, whiten_patches=True, centering="sinkhorn", koleo_weight=0.5, drop_path_rate=0.0)
+    kernels = [one.backbone.embeddings.patch_embeddings.weight for one in (run.student, run.teacher)]
+    assert torch.equal(*kernels)
+    # A whitened kernel answers with variance about 1 to the very planes; 0.02-sized weights would answer far below.
+    planes = torch.from_numpy(np.stack([run.planes[row] for row in range(12)]).astype(np.float32))[:, None]
+    answers = run.student.backbone.embeddings.patch_embeddings(planes.clamp(max=10_000) / 10_000)
+    assert answers.detach().var() == pytest.approx(1.0, rel=0.3)
+
+    (batch,) = micro_batches(run, 0)
+    views = [run._views(batch["global"], 32), run._views(batch["local"], 16)]
+    copied = copy.deepcopy(run.student)
+    with torch.no_grad():
+        teacher_logits, _ = run.teacher(views[:1])
+    logits, features = copied(views)
+    targets = (teacher_logits.double() / 0.04).exp()
+    for _ in range(3):
+        targets = targets / targets.sum(0) * len(targets) / targets.shape[1]
+        targets = targets / targets.sum(1, keepdim=True)
+    expected = 0.0
+    for t, target in enumerate(targets.float().split(BATCH)):
+        for s, view in enumerate(logits.split(BATCH)):
+            if s != t:
+                expected = expected - (target * torch.log_softmax(view / 0.07, 1)).sum(1).mean() / 8
+    koleo = 0.0
+    for view in features[: 2 * BATCH].split(BATCH):
+        unit = view / view.norm(dim=1, keepdim=True)
+        distances = torch.cdist(unit, unit) + 10 * torch.eye(BATCH)
+        koleo = koleo - distances.min(1).values.log().mean() / 2
+    (expected + 0.5 * koleo).backward()
+    seen = {}
+    take_step = run.optimizer.step
+    run.optimizer.step = lambda: (
+        seen.update({n: p.grad.clone() for n, p in run.student.named_parameters() if p.grad is not None}),
+        take_step(),
+    )
+    monitors = run._step(0, [batch])
+    assert float(monitors["loss"]) == pytest.approx(float(expected.detach()), rel=1e-4)
+    assert float(monitors["koleo"]) == pytest.approx(float(koleo.detach()), rel=1e-3)
+    for name, parameter in copied.named_parameters():
+        if name in seen and not name.endswith("key.bias"):
+            assert (seen[name] - parameter.grad).norm() <= 2e-3 * parameter.grad.norm() + 1e-6, name
