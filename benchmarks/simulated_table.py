@@ -1,0 +1,220 @@
+"""The paper's Table 1 on a SIMULATED screen: do weak labels help, against the spread of the seeds and fixed controls?
+
+    python benchmarks/simulated_table.py --folder runs/table                 # small ViT, two CPU cores, hours
+    python benchmarks/simulated_table.py --folder runs/table --gpu           # ViT-S/8 on one GPU
+    python benchmarks/simulated_table.py --folder runs/table --report        # only read what is there
+
+Every cell (condition x seed) is one run folder made by the same commands a user would type: train, extract, evaluate.
+A cell that has its results.json is done, an interrupted one resumes from its last checkpoint. All conditions train for
+the same number of optimiser steps (but `twice_the_steps`), are evaluated at the last step, and differ from `compound`
+in the flags below alone. The table reads nothing but results.json files.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from datasets import load_dataset
+from scipy.stats import t as student_t
+from tqdm.auto import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from dataset_scripts import build_dataset, simulate_screen  # noqa: E402
+from evaluation_wsdino.evaluate_profiles import compare_sets  # noqa: E402
+
+# As the real map: 60 treatments of 30 compounds, 10 mechanisms (two in a single batch), 6 batches of 3 plates.
+SCREEN = {
+    "size": "demo",
+    "mechanisms": (
+        "Microtubule stabilizers",
+        "Microtubule destabilizers",
+        "Eg5 inhibitors",
+        "Actin disruptors",
+        "Aurora kinase inhibitors",
+        "DNA damage",
+        "Epithelial",
+        "Protein synthesis",
+    ),
+    "batches": 6,
+}
+SIZES = {
+    # What is simulated, and the flags of every run.
+    "small": ({}, ["--preset", "demo", "--epochs", "12"]),
+    "gpu": (
+        {"image_size": (1024, 1280), "doses": 3},
+        ["--preset", "scratch", "--mixed_precision", "bf16", "--epochs", "100", "--warmup_epochs", "5"],
+    ),
+}
+MAIN = {
+    "dino": ["--weak_label", "none"],
+    "treatment": ["--weak_label", "treatment"],
+    "compound": ["--weak_label", "compound"],
+    "moa": ["--weak_label", "moa"],
+}
+# Fixed before any run, reported whatever they show.
+CONTROLS = {
+    "shuffled": ["--weak_label", "shuffled"],  # compound labels dealt to the wrong fields: no gain expected
+    "any_image": ["--pair_constraint", "none"],  # partner may be the anchor, as in the released code's 4 %
+    "other_well": ["--pair_constraint", "well"],
+    "other_plate": ["--pair_constraint", "plate"],
+    "other_batch": ["--pair_constraint", "batch"],
+    "twice_the_steps": [],
+    "clean_dino": ["--weak_label", "none"],  # a screen without batch, plate and well effects
+    "clean_compound": [],
+}
+
+
+def make_screen(folder: Path, design: dict, seed: int, **changes) -> Path:
+    """The built screen, with a column `shuffled`; made once."""
+    whole = folder.with_name(folder.name + "_as_built")
+    if not (folder / "README.md").exists():
+        raw = folder.with_name(folder.name + "_raw")
+        simulate_screen(raw, seed=seed, **SCREEN, **design, **changes)
+        build_dataset(raw, whole)
+        configurations = []
+        for part in ("annotated", "dmso"):
+            dataset = load_dataset(str(whole), part, split="train")
+            shuffled = np.random.default_rng(seed).permutation(np.array(dataset["compound"], dtype=object)).tolist()
+            (folder / part).mkdir(parents=True, exist_ok=True)
+            dataset.add_column("shuffled", shuffled).to_parquet(folder / part / "train.parquet")
+            configurations.append(f"- config_name: {part}\n  data_files: {part}/train.parquet\n")
+        (folder / "README.md").write_text(
+            "---\nconfigs:\n" + "".join(configurations) + "---\nSIMULATED images: no real cells.\n"
+        )
+    return folder
+
+
+def run_cell(run: Path, screen: Path, flags: list[str], seed: int) -> None:
+    """Train, extract and evaluate one cell, as far as it is not done."""
+    if (run / "results.json").exists():
+        return
+    train = [ROOT / "train_accelerate.py", "--resume", "--output_dir", run, "--dataset", screen, "--seed", seed]
+    steps = [[*train, *flags], [ROOT / "extract_profiles.py", run], ["-m", "evaluation_wsdino.evaluate_profiles", run]]
+    for step in steps:
+        done = subprocess.run([sys.executable, *map(str, step)], cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{run}: {' '.join(map(str, step))} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+
+
+def read_scores(folder: Path) -> dict[str, dict[int, dict]]:
+    """`{row: {seed: entry of results.json}}`; what no training changes is read from each seed's `compound` run."""
+    rows: dict[str, dict[int, dict]] = {}
+    for path in sorted(folder.glob("*/seed_*/results.json")):
+        condition, seed = path.parts[-3], int(path.parts[-2].removeprefix("seed_"))
+        results = json.loads(path.read_text())
+        if not results["simulated"]:
+            raise SystemExit(f"{path} is not of a simulated screen: this table is of simulated results alone.")
+        if condition == "compound":
+            for name in sorted({"untrained", "initial", "intensity"} & set(results["sets"])):
+                rows.setdefault(name, {})[seed] = results["sets"][name]
+        if "trained" in results["sets"]:
+            verdicts = [channel["collapse"]["verdict"] for channel in results["training"].values()]
+            rows.setdefault(condition, {})[seed] = {**results["sets"]["trained"], "verdicts": verdicts}
+    return rows
+
+
+def paired(first: dict[int, dict], second: dict[int, dict], prefix: str) -> dict:
+    """second - first over the seeds that both have: mean, SD, 95 % t interval, p, and each seed's McNemar p."""
+    seeds = sorted(set(first) & set(second))
+    gains = [second[seed][prefix] - first[seed][prefix] for seed in seeds]
+    mean = statistics.mean(gains)
+    result = {
+        "seeds": seeds,
+        "gains": gains,
+        "mean": mean,
+        "p_treatments": [compare_sets(first[seed], second[seed], prefix)["p_compound"] for seed in seeds],
+    }
+    if len(seeds) > 1:
+        sd = statistics.stdev(gains)
+        half = student_t.ppf(0.975, len(seeds) - 1) * sd / math.sqrt(len(seeds))
+        p = float(2 * student_t.sf(abs(mean) / (sd / math.sqrt(len(seeds))), len(seeds) - 1)) if sd else None
+        result |= {"sd": sd, "interval": [mean - half, mean + half], "p": p}
+    return result
+
+
+def format_table(rows: dict[str, dict[int, dict]]) -> tuple[str, dict]:
+    """A Markdown table and the same as numbers."""
+
+    def cell(scores, prefix):
+        values = [100 * entry[prefix] for entry in scores.values()]
+        return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+    order = ["intensity", "untrained", "initial", *MAIN, *CONTROLS]
+    lines = [
+        "SIMULATED. NSC and NSCB in %, mean ± SD over seeds; gain in NSCB over DINO without labels, paired by seed.",
+        "",
+        "| row | seeds | NSC | NSCB | NSCB gain over dino (95 % t interval) | p, seeds | channels not healthy |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    numbers = {}
+    for name in [*(row for row in order if row in rows), *(row for row in rows if row not in order)]:
+        scores = dict(sorted(rows[name].items()))
+        base = "clean_dino" if name.startswith("clean_") else "dino"
+        gain, p = "", ""
+        numbers[name] = {prefix: {seed: entry[prefix] for seed, entry in scores.items()} for prefix in ("nsc", "nscb")}
+        if name != base and set(scores) & set(rows.get(base, {})):
+            numbers[name]["gain"] = {prefix: paired(rows[base], scores, prefix) for prefix in ("nsc", "nscb")}
+            test = numbers[name]["gain"]["nscb"]
+            gain = f"{100 * test['mean']:+.1f}"
+            if "interval" in test:
+                gain += f" ({100 * test['interval'][0]:+.1f} to {100 * test['interval'][1]:+.1f})"
+                p = "" if test["p"] is None else f"{test['p']:.2g}"
+        verdicts = [verdict for entry in scores.values() for verdict in entry.get("verdicts", [])]
+        bad = f"{sum(v != 'healthy' for v in verdicts)}/{len(verdicts)}" if verdicts else ""
+        lines.append(
+            f"| {name} | {len(scores)} | {cell(scores, 'nsc')} | {cell(scores, 'nscb')} | {gain} | {p} | {bad} |"
+        )
+    return "\n".join(lines), numbers
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, required=True, help="where screens, runs and the table are kept")
+    parser.add_argument("--gpu", action="store_true", help="full-size images and ViT-S/8 instead of the small ViT")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training; the screen stays one")
+    parser.add_argument("--screen_seed", type=int, default=0, help="of the simulated screen")
+    parser.add_argument("--nuisance", type=float, default=1.0, help="difficulty: scales batch, plate and well effects")
+    parser.add_argument(
+        "--conditions", nargs="+", default=list(MAIN), choices=[*MAIN, *CONTROLS], help="rows of the table to run"
+    )
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="last: further flags of every training")
+    parser.add_argument("--report", action="store_true", help="run nothing, read what is there")
+    arguments = parser.parse_args(argv)
+    folder = arguments.folder.resolve()
+    design, flags = SIZES["gpu" if arguments.gpu else "small"]
+    if not arguments.report:
+        # Seed by seed, so that a table cut short has whole pairs.
+        cells = [(condition, seed) for seed in arguments.seeds for condition in arguments.conditions]
+        for condition, seed in tqdm(cells, desc="cells", unit="run"):
+            clean = condition.startswith("clean_")
+            screen = make_screen(
+                folder / ("screen_clean" if clean else "screen"),
+                design,
+                arguments.screen_seed,
+                nuisance=0.0 if clean else arguments.nuisance,
+            )
+            own = flags + arguments.flags + {**MAIN, **CONTROLS}[condition]
+            if condition == "twice_the_steps":
+                place = len(own) - own[::-1].index("--epochs")
+                own[place] = str(2 * int(own[place]))
+            run_cell(folder / condition / f"seed_{seed}", screen, own, seed)
+    rows = read_scores(folder)
+    if not rows:
+        raise SystemExit(f"{folder} holds no results.json yet: run without --report.")
+    table, numbers = format_table(rows)
+    (folder / "table.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    (folder / "table.md").write_text(table + "\n")
+    print(table)
+
+
+if __name__ == "__main__":
+    main()
