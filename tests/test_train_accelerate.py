@@ -347,9 +347,15 @@ def test_a_launch_of_fewer_processes_than_asked_is_refused(tiny_screen, tmp_path
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(tiny_screen, tmp_path):
-    """Same global batch on one process and on two (gloo): equal weights within float32's rounding."""
-    flags = ["--dataset", str(tiny_screen), *SMALL, "--channels", "tubulin", "--epochs", "2"]
+@pytest.mark.parametrize("centering", ["mean", "sinkhorn"])
+def test_two_processes_train_as_one(tiny_screen, tmp_path, centering):
+    """Same global batch on one process and on two (gloo): equal weights within float32's rounding.
+
+    KoLeo is left out: it looks for neighbours among each process's own images, as in DINOv2. The learning rate is low
+    because AdamW moves weights whose true gradient is 0 (a key's bias) by rounding noise, a whole rate a step.
+    """
+    flags = ["--dataset", str(tiny_screen), *SMALL, "--channels", "tubulin", "--epochs", "2", "--centering", centering]
+    flags += ["--koleo_weight", "0", "--learning_rate", "1e-4"]
     train(tiny_screen, tmp_path / "one", *flags[2:])
     done = command(
         *("-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2"),
@@ -361,7 +367,7 @@ def test_two_processes_train_as_one(tiny_screen, tmp_path):
     assert json.loads((tmp_path / "two" / "settings.json").read_text())["processes"] == 2
     expected = weights(tmp_path / "one", "tubulin")
     for name, tensor in weights(tmp_path / "two", "tubulin").items():
-        torch.testing.assert_close(tensor, expected[name], atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=1e-3)
     losses = [[line["loss"] for line in lines(tmp_path / run, "tubulin")] for run in ("one", "two")]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
