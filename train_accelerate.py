@@ -105,6 +105,17 @@ def check_launch(arguments: TrainingArguments) -> None:
         raise TrainingError("--mixed_precision fp16 needs a GPU: leave it at no.")
 
 
+def choose_threads(arguments: TrainingArguments) -> None:
+    """Give a single CPU process all its cores: `accelerate launch` would leave it one (it sets OMP_NUM_THREADS=1)."""
+    alone = "ACCELERATE_MIXED_PRECISION" in os.environ and "WORLD_SIZE" not in os.environ
+    if arguments.num_threads:
+        torch.set_num_threads(arguments.num_threads)
+    elif alone and not torch.cuda.is_available():
+        torch.set_num_threads(
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        )
+
+
 def load_screen(arguments: TrainingArguments, accelerator: Accelerator):
     """The dataset to train on; without `--dataset`, a small simulated screen, made once under `data/`."""
     path = arguments.dataset
@@ -661,6 +672,7 @@ def train(arguments: TrainingArguments) -> bool:
     expected = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != expected:
         raise TrainingError(f"{expected} processes were launched but {accelerator.num_processes} work together.")
+    choose_threads(arguments)
     check_run_folder(arguments)
     accelerator.wait_for_everyone()
     dataset, path = load_screen(arguments, accelerator)

@@ -167,6 +167,7 @@ class TrainingArguments:
     eval_parts: list[str] = setting(["annotated", "dmso"], "Configurations of the dataset that are evaluated.")
     log_every: int = setting(10, "Steps between lines of metrics.jsonl.")
     num_workers: int = setting(0, "Loader processes a training process.")
+    num_threads: int | None = setting(None, "CPU threads of a training process; chosen by its launch if not given.")
     trackers: list[str] = setting([], "Accelerate trackers beside metrics.jsonl, e.g. tensorboard wandb.")
 
 
@@ -174,7 +175,7 @@ class TrainingArguments:
 # the accumulation only the product with the number of processes matters, and the loop checks that one.
 FREE_ON_RESUME = set(
     "preset dataset channels output_dir resume tf32 compile gradient_checkpointing stop_after_epoch max_steps "
-    "batch_size gradient_accumulation_steps save_every keep eval_every eval_parts log_every num_workers "
+    "batch_size gradient_accumulation_steps save_every keep eval_every eval_parts log_every num_workers num_threads "
     "trackers".split()
 )
 

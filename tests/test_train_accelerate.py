@@ -337,6 +337,27 @@ def test_a_bad_loss_stops_the_run_and_names_the_images(tiny_screen, tmp_path, ca
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("flags", "threads"), [([], len(os.sched_getaffinity(0))), (["--num_threads", "1"], 1)])
+def test_a_single_cpu_process_under_accelerate_uses_all_cores(tiny_screen, tmp_path, flags, threads):
+    """`accelerate launch` sets OMP_NUM_THREADS=1 for one process, which would halve the demo's speed or worse."""
+    launch = ["-m", "accelerate.commands.accelerate_cli", "launch", "--num_machines", "1", "--mixed_precision", "no"]
+    words = [
+        "--dataset",
+        str(tiny_screen),
+        "--output_dir",
+        str(tmp_path),
+        *SMALL,
+        "--channels",
+        "dna",
+        "--max_steps",
+        "1",
+    ]
+    done = command(*launch, "--dynamo_backend", "no", "train_accelerate.py", *words, *flags, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "settings.json").read_text())["threads"] == threads
+
+
+@pytest.mark.slow
 def test_a_launch_of_fewer_processes_than_asked_is_refused(tiny_screen, tmp_path):
     launch = ["-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "2"]
     done = command(
