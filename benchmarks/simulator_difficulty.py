@@ -11,6 +11,10 @@ granularity spectra, local contrast and correlations of all channels.
 
 Profiles: every field is z-scored against the DMSO fields of its plate, averaged over a plate's wells, the median
 taken over plates; nearest neighbour by cosine.
+
+Measured on simulated screens: the official plate map at 400 x 512 raw pixels, seed 0: classical NSC 98/103 (95 %),
+NSCB 86/92 (93 %), intensity 31/103 and 25/92. The `demo` screen, seeds 0, 1, 2: classical NSC 32, 34, 31 of 36, NSCB
+23, 24, 24 of 24; intensity NSC 13, 13, 17 of 36, NSCB 8, 9, 15 of 24.
 """
 
 import argparse
