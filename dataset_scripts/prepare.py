@@ -134,6 +134,12 @@ def build_dataset(
             # The compound table is of no use here, and some copies of the screen lack it.
             if name != "BBBC021_v1_compound.csv" or downloader.sizes([name])[name] is not None:
                 downloader.fetch(name)
+    if not 0.01 <= resize <= 4:
+        raise ScreenError(f"resize is {resize}: give a factor of both sides from 0.01 to 4")
+    if filter_size is not None and not 1 <= filter_size <= 10_000:
+        raise ScreenError(f"filter_size is {filter_size}: give a size of 1 to 10,000 pixels")
+    if workers is not None and workers < 1:
+        raise ScreenError(f"workers is {workers}: give 1 or more processes")
     preprocessing = Preprocessing(illumination, filter_size, border, resize, interpolation, bits=bits)
     screen = RawScreen(
         raw,
@@ -225,18 +231,23 @@ def _open_output(output: Path, work: Path, recipe: dict, plates: list[str]) -> N
     if output.exists() and any(output.iterdir()) and not begun.is_file() and not finished.is_file():
         raise ScreenError(f"{output} holds something else than a dataset of this program: choose another folder")
     records = []
-    if begun.is_file():
-        before = json.loads(begun.read_text())
-        held = {path.stem for path in work.glob("*.json")}
-    elif finished.is_file():
-        build = json.loads(finished.read_text())
-        before, records = build["recipe"], build["plates"]
-        held = {record["plate"] for record in records}
-    else:
-        before, held = recipe, set()
+    try:
+        if begun.is_file():
+            before = json.loads(begun.read_text())
+            held = {path.stem for path in work.glob("*.json")}
+        elif finished.is_file():
+            build = json.loads(finished.read_text())
+            before, records = build["recipe"], build["plates"]
+            held = {record["plate"] for record in records}
+        else:
+            before, held = recipe, set()
+        held_source = before["source"]
+    except (ValueError, KeyError, TypeError) as error:
+        note = begun if begun.is_file() else finished
+        raise ScreenError(f"{note} is damaged ({error}): remove {output} and build it anew") from error
     if before != recipe:
         raise ScreenError(
-            f"{output} holds a dataset of other settings or another source ({before['source']}): "
+            f"{output} holds a dataset of other settings or another source ({held_source}): "
             "choose another folder, or remove this one"
         )
     if others := sorted(held - set(plates)):

@@ -131,9 +131,12 @@ def read_screen(image_csv, moa_csv=None, columns: ScreenColumns | None = None) -
 
     fields = pd.DataFrame({"row": np.arange(len(raw)) + 2})
     for name in ("plate", "well"):
-        fields[name] = _text(raw, getattr(columns, name), image_csv)
+        fields[name] = _names(raw, getattr(columns, name), image_csv)
     fields["compound"] = _text(raw, columns.compound, image_csv)
     fields["concentration"] = _numbers(raw, columns.concentration, image_csv)
+    if (fields["concentration"] < 0).any():
+        row = fields["row"][(fields["concentration"] < 0).idxmax()]
+        raise ScreenError(f"{image_csv}, line {row}: column {columns.concentration!r} is negative: mend the table")
     control = fields["compound"] == columns.control
     fields.loc[control, "compound"] = "DMSO"
     fields.loc[control, "concentration"] = 0.0
@@ -146,6 +149,13 @@ def read_screen(image_csv, moa_csv=None, columns: ScreenColumns | None = None) -
             path[name == ""] = ""
         else:
             path = name.str.replace("\\", "/")
+        outside = path.str.startswith("/") | path.str.split("/").map(lambda parts: ".." in parts)
+        if outside.any():
+            row = fields["row"][outside.idxmax()]
+            raise ScreenError(
+                f"{image_csv}, line {row}: the {channel} file {path[row - 2]!r} leads out of the image folder: "
+                "name files inside it"
+            )
         fields[f"{channel}_file"] = path
     named = pd.concat([fields[f"{channel}_file"] for channel in columns.channels])
     twice = named[(named != "") & named.duplicated(keep=False)]
@@ -241,6 +251,19 @@ def _text(table: pd.DataFrame, column: str, path, empty: bool = False) -> pd.Ser
     if not empty and (text == "").any():
         raise ScreenError(f"{path}, line {int((text == '').idxmax()) + 2}: column {column!r} is empty: fill it in")
     return text.astype(object)
+
+
+def _names(table: pd.DataFrame, column: str, path) -> pd.Series:
+    """Text that may become a file's name, and so may not lead out of a folder."""
+    names = _text(table, column, path)
+    bad = names.str.contains(r"[/\\\x00-\x1f]", regex=True) | names.isin([".", ".."]) | (names.str.len() > 100)
+    if bad.any():
+        i = int(bad.idxmax())
+        raise ScreenError(
+            f"{path}, line {i + 2}: column {column!r} is {names[i][:40]!r}, which cannot name a file: "
+            "give a short name without slashes"
+        )
+    return names
 
 
 def _numbers(table: pd.DataFrame, column: str, path) -> pd.Series:

@@ -157,6 +157,10 @@ def simulate_screen(
     except TypeError as error:
         raise ScreenError(f"unknown change of the design: {error}") from error
     _check_design(design)
+    if seed < 0:
+        raise ScreenError(f"seed is {seed}: give 0 or more")
+    if workers is not None and workers < 1:
+        raise ScreenError(f"workers is {workers}: give 1 or more processes")
     folder = Path(folder)
     description = {
         "source": f"simulated, seed {seed}",
@@ -166,7 +170,12 @@ def simulate_screen(
     }
     done, begun = folder / "simulation.json", folder / "simulation.json.partial"
     if done.is_file():
-        if all(json.loads(done.read_text()).get(key) == value for key, value in description.items()):
+        try:
+            known = json.loads(done.read_text())
+            same = all(known.get(key) == value for key, value in description.items())
+        except (ValueError, AttributeError) as error:
+            raise ScreenError(f"{done} is damaged ({error}): remove {folder} and simulate it anew") from error
+        if same:
             return folder
         raise ScreenError(f"{folder} holds another simulation: choose another folder, or remove this one")
     if begun.is_file():
@@ -208,6 +217,8 @@ def simulate_screen(
 
 
 def _check_design(design: ScreenDesign) -> None:
+    if not 0.05 <= design.scale <= 20:
+        raise ScreenError(f"scale is {design.scale}: give a factor from 0.05 to 20")
     if min(design.image_size) < 32:
         raise ScreenError(f"image_size {design.image_size} is too small: give at least 32 x 32 pixels")
     known = mechanism_phenotypes()

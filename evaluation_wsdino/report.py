@@ -36,6 +36,8 @@ def _load_json(path):
         raise ProfileError(
             f"{path} is not JSON ({error.msg}, line {error.lineno}): run wsdino-evaluate again."
         ) from None
+    except UnicodeDecodeError as error:
+        raise ProfileError(f"{path} is not text ({error.reason}): run wsdino-evaluate again.") from None
 
 
 def _data_uri(data, kind):
@@ -724,7 +726,12 @@ def write_report(run_folders, output=None, dataset=None, window=None):
             run["name"] = str(folder)
     output = Path(output) if output else Path(run_folders[0]) / "report.html"
     partial = output.with_name(output.name + ".partial")
-    partial.write_text(render_report(runs, window), encoding="utf-8")
+    try:
+        page = render_report(runs, window)
+    except KeyError as error:
+        paths = ", ".join(str(Path(folder) / "results.json") for folder in run_folders)
+        raise ProfileError(f"{paths} lacks the entry {error}: run wsdino-evaluate again.") from error
+    partial.write_text(page, encoding="utf-8")
     os.replace(partial, output)
     return output
 
