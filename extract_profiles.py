@@ -349,22 +349,31 @@ def model_extractors(source: str, channels: list[str] | None) -> dict[str, Extra
 # ---------------------------------------------------------------------------------------------- sharing the work
 
 
-def check_launch() -> PartialState:
-    """This process among those launched together.
+def refuse_missing_processes(script: str) -> None:
+    """Refuse a launch that would silently run one process where several were asked for.
 
     `accelerate launch --cpu --num_processes 2` starts one process, but leaves the address of a group in its
     environment without the group's size; that is how it is told.
 
     Raises:
-        TrainingError: fewer processes work together than were asked for.
+        TrainingError: with the command that works for `script`.
     """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ
     if launched and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
         raise TrainingError(
             "accelerate launched one process where several were asked for (its --cpu flag does so): use "
             "'ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N --num_machines 1 "
-            "--mixed_precision no --dynamo_backend no extract_profiles.py ...'."
+            f"--mixed_precision no --dynamo_backend no {script} ...'."
         )
+
+
+def check_launch() -> PartialState:
+    """This process among those launched together.
+
+    Raises:
+        TrainingError: fewer processes work together than were asked for.
+    """
+    refuse_missing_processes("extract_profiles.py")
     several = int(os.environ.get("WORLD_SIZE", 1))
     # A process that is done waits for the slowest one, which may have much to decode.
     waiting = {"timeout": timedelta(days=1)} if several > 1 else {}

@@ -37,7 +37,7 @@ from transformers.utils.logging import disable_progress_bar
 from dataset_scripts import ScreenError, build_dataset, fields_with, open_planes, simulate_screen
 from evaluation_wsdino import ProfileError
 from evaluation_wsdino.evaluate_profiles import evaluate_set
-from extract_profiles import load_parts, metadata_table, network_features
+from extract_profiles import load_parts, metadata_table, network_features, refuse_missing_processes
 from modeling_wsdino import WSDinoConfig, WSDinoImageProcessor, WSDinoModel
 from modeling_wsdino.build_repository import build_combined_repository, build_repository
 from modeling_wsdino.convert_checkpoint import load_backbone
@@ -84,18 +84,8 @@ def parse_arguments(argv: list[str] | None) -> tuple[HfArgumentParser, TrainingA
 
 
 def check_launch(arguments: TrainingArguments) -> None:
-    """Refuse a launch that would silently run fewer processes than asked, or in a precision the machine lacks.
-
-    `accelerate launch --cpu --num_processes 2` starts one process, but leaves the address of a group in its
-    environment without the group's size; that is how it is told.
-    """
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
-    if launched and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
-        raise TrainingError(
-            "accelerate launched one process where several were asked for (its --cpu flag does so): use "
-            "'ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N --num_machines 1 "
-            "--mixed_precision no --dynamo_backend no train_accelerate.py ...'."
-        )
+    """Refuse a launch that would silently run fewer processes than asked, or in a precision the machine lacks."""
+    refuse_missing_processes("train_accelerate.py")
     native = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
     if arguments.mixed_precision == "bf16" and not native:
         raise TrainingError(
