@@ -323,6 +323,12 @@ class ChannelRun:
     def _prepare_networks(self) -> None:
         a = self.arguments
         student, teacher = self._network(a.drop_path_rate), self._network(0.0)
+        if a.whiten_patches:  # once, from thousands of patches; the teacher takes it over
+            patches = student.backbone.embeddings.patch_embeddings
+            whiten_patch_embedding(
+                patches.weight, patches.bias, self.planes, self.max_intensity, rows=self.pairs.rows, seed=a.seed
+            )
+            teacher.load_state_dict(student.state_dict())
         if a.gradient_checkpointing:
             student.backbone.activation_checkpointing_enable()
         teacher.requires_grad_(False).eval()
@@ -343,11 +349,6 @@ class ChannelRun:
         a = self.arguments
         backbone = initial_backbone(a, self.channel, drop_path_rate)
         check_arguments(a, backbone.config.patch_size)
-        if a.whiten_patches:
-            patches = backbone.embeddings.patch_embeddings
-            whiten_patch_embedding(
-                patches.weight, patches.bias, self.planes, self.max_intensity, rows=self.pairs.rows, seed=a.seed
-            )
         torch.manual_seed(a.seed + 1)
         head = DinoHead(
             backbone.config.hidden_size,
