@@ -1,14 +1,14 @@
 """Turn networks and a dataset into profiles, one Parquet file a set and one row a field, and pictures to look at.
 
-    wsdino-extract runs/demo                            # profiles/{trained,untrained,intensity}.parquet, pictures
+    wsdino-extract runs/demo                            # profiles/{trained,untrained,...}.parquet, pictures
     wsdino-extract --model org/wsdino --dataset data/bbbc021 --output profiles.parquet
     accelerate launch extract_profiles.py runs/paper    # several processes share the fields
 
 Beside a run's trained networks it extracts what they must beat, from the same fields through the same code: an
-untrained network of the same shape, the network that training started from where that was not random, and plain
-intensity statistics. `--model` takes any network instead: a repository of one channel or of several, an original DINO
-checkpoint, a transformers ViT. Columns follow the cytomining convention: `Metadata_*`, then `<channel>_<index>`, each
-channel's features by themselves: the median over tiles, before any normalisation.
+untrained network of the same shape, the network that training started from where that was not random, plain intensity
+statistics, and the nuclei counted and measured. `--model` takes any network instead: a repository of one channel or of
+several, an original DINO checkpoint, a transformers ViT. Columns follow the cytomining convention: `Metadata_*`, then
+`<channel>_<index>`, each channel's features by themselves: the median over tiles, before any normalisation.
 
 Fields are decoded as they are needed and features are written every few hundred fields: memory does not grow with the
 screen, and a killed extraction goes on where it stopped when it is started again, on any number of processes.
@@ -18,7 +18,7 @@ import argparse
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -40,6 +40,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from dataset_scripts import ScreenError, fields_with
 from evaluation_wsdino import ProfileError
+from evaluation_wsdino.baselines import intensity_features, nuclear_features
 from evaluation_wsdino.pictures import draw_attention, draw_fields
 from evaluation_wsdino.shards import ProfileFile
 from modeling_wsdino import (
@@ -53,7 +54,7 @@ from modeling_wsdino import (
 from modeling_wsdino.convert_checkpoint import load_backbone
 from pretraining_wsdino import TrainingArguments, TrainingError
 
-SETS = ("trained", "untrained", "initial", "intensity")
+SETS = ("trained", "untrained", "initial", "intensity", "count")
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 METADATA = {
     "plate": "Plate",
@@ -181,10 +182,11 @@ class Options:
 
 @dataclass
 class Extractor:
-    """Planes of one channel to rows of features: a network's, or without one intensity statistics."""
+    """Planes of one channel to rows of features: a network's, or without one a function's of each plane."""
 
     image_processor: WSDinoImageProcessor
     model: WSDinoModel | None = None
+    statistics: Callable = intensity_features  # (plane, max_intensity) -> row
 
     def describe(self) -> dict:
         """All that the features depend on, beside the planes."""
@@ -195,6 +197,7 @@ class Extractor:
         shape = ("patch_size", "num_attention_heads", "layer_norm_eps")
         return {
             "weights": weights.hexdigest() if self.model is not None else None,
+            **({"statistics": self.statistics.__name__} if self.model is None else {}),
             **{name: getattr(self.image_processor, name) for name in names},
             **{name: getattr(self.model.config, name) for name in shape if self.model is not None},
         }
@@ -227,7 +230,7 @@ class Extractor:
         if self.model is not None:
             yield from network_stream(self.model, self.image_processor, planes, options)
         else:
-            rows = _Mapped(planes, partial(intensity_features, max_intensity=self.image_processor.max_intensity))
+            rows = _Mapped(planes, partial(self.statistics, max_intensity=self.image_processor.max_intensity))
             yield from DataLoader(rows, batch_size=None, num_workers=options.num_workers)
 
 
@@ -262,18 +265,6 @@ def network_features(
     """`(fields, hidden)` float32 of all planes at once, with a progress bar."""
     stream = network_stream(model, image_processor, planes, Options(batch_size))
     return np.stack(list(tqdm(stream, total=len(planes), desc=title, unit="field")))
-
-
-def intensity_features(plane: np.ndarray, max_intensity: float) -> np.ndarray:
-    """`(11,)` float32: mean, SD, skewness, seven percentiles and the share of clipped pixels, of a whole field.
-
-    What a plate reader could see: no shape and no texture, so a profile that only beats this has learned staining.
-    """
-    scaled = np.asarray(plane, dtype=np.float64).ravel() / max_intensity
-    mean, deviation = scaled.mean(), scaled.std()
-    skewness = ((scaled - mean) ** 3).mean() / max(deviation, 1e-12) ** 3
-    percentiles = np.percentile(scaled, [1, 5, 25, 50, 75, 95, 99])
-    return np.array([mean, deviation, skewness, *percentiles, (scaled > 1).mean()], dtype=np.float32)
 
 
 # ---------------------------------------------------------------------------------------------- networks
@@ -320,6 +311,17 @@ def run_extractors(run: Path, name: str, arguments: TrainingArguments, channels:
             model = WSDinoModel(WSDinoConfig.from_pretrained(folder))
         extractors[channel] = Extractor(load_image_processor(folder, trained), model)
     return extractors
+
+
+def choose_nuclear_channel(asked: str | None, dataset) -> str | None:
+    """The column of the nuclear stain: the asked one, else "dna" where there is one, else none.
+
+    Raises:
+        TrainingError: the dataset lacks the asked column.
+    """
+    if asked is not None and asked not in dataset.column_names:
+        raise TrainingError(f"--nuclear_channel {asked}: the dataset has {', '.join(dataset.column_names)}.")
+    return asked or ("dna" if "dna" in dataset.column_names else None)
 
 
 def model_extractors(source: str, channels: list[str] | None) -> dict[str, Extractor]:
@@ -537,6 +539,7 @@ def extract_run(
     parts: list[str],
     sets: list[str],
     channels: list[str] | None,
+    nuclear_channel: str | None,
     tiles: str | None,
     options: Options,
     state: PartialState,
@@ -549,11 +552,24 @@ def extract_run(
     settings, arguments, trained = read_run(run)
     channels = choose_channels(channels, trained, str(run))
     dataset, metadata = open_dataset(dataset_path or settings["dataset"]["path"], parts, channels, state)
+    nuclear_channel = choose_nuclear_channel(nuclear_channel, dataset)
     for name in sets:
+        path = run / "profiles" / f"{name}.parquet"
+        if name == "count":
+            if nuclear_channel is None:
+                if state.is_main_process:
+                    print("Without the set count: no column is called dna; name that of nuclei, --nuclear_channel.")
+                continue
+            # The stain of nuclei need not be one that was trained on; any channel's processor knows the clipping.
+            first = next(iter(run_extractors(run, name, arguments, channels[:1]).values()))
+            counted = fields_with(dataset, [nuclear_channel])
+            counter = {nuclear_channel: Extractor(first.image_processor, statistics=nuclear_features)}
+            extract_file(path, counter, counted, metadata_table(counted), options, state)
+            continue
         if name == "initial" and arguments.init == "random" and not arguments.whiten_patches:
             continue  # random weights are the set "untrained"
         extractors = with_tiles(run_extractors(run, name, arguments, channels), tiles)
-        extract_file(run / "profiles" / f"{name}.parquet", extractors, dataset, metadata, options, state)
+        extract_file(path, extractors, dataset, metadata, options, state)
     if state.is_main_process:
         write_pictures(run / "pictures", run_extractors(run, "trained", arguments, channels), dataset)
         print(f"Wrote {len(dataset)} profiles a set into {run / 'profiles'} and pictures into {run / 'pictures'}.")
@@ -610,6 +626,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--parts", nargs="+", default=["annotated", "dmso"], help="configurations of the dataset")
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS, help="of a run: what to extract")
     parser.add_argument("--channels", nargs="+", help="which channels; all of the run's or model's if not given")
+    nuclear = "of a run: column of the nuclear stain, for the set count; dna if not given"
+    parser.add_argument("--nuclear_channel", help=nuclear)
     parser.add_argument("--pictures", type=Path, help="with --model: folder to write example pictures into")
     tiles = ("paper", "full", "original_code")
     parser.add_argument("--tiles", choices=tiles, help="which tiles of a field; the model's own choice if not given")
@@ -656,6 +674,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         common = {"channels": arguments.channels, "tiles": arguments.tiles, "options": options, "state": state}
         if arguments.run is not None:
+            common["nuclear_channel"] = arguments.nuclear_channel
             extract_run(arguments.run, arguments.dataset, arguments.parts, arguments.sets, **common)
         else:
             places = {"output": arguments.output, "pictures": arguments.pictures}

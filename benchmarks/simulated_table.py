@@ -112,7 +112,7 @@ def read_scores(folder: Path) -> dict[str, dict[int, dict]]:
         if not results["simulated"]:
             raise SystemExit(f"{path} is not of a simulated screen: this table is of simulated results alone.")
         if condition == "compound":
-            for name in sorted({"untrained", "initial", "intensity"} & set(results["sets"])):
+            for name in sorted({"untrained", "initial", "intensity", "count"} & set(results["sets"])):
                 rows.setdefault(name, {})[seed] = results["sets"][name]
         if "trained" in results["sets"]:
             verdicts = [channel["collapse"]["verdict"] for channel in results["training"].values()]
@@ -146,7 +146,7 @@ def format_table(rows: dict[str, dict[int, dict]]) -> tuple[str, dict]:
         values = [100 * entry[prefix] for entry in scores.values()]
         return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
-    order = ["intensity", "untrained", "initial", *MAIN, *CONTROLS]
+    order = ["intensity", "count", "untrained", "initial", *MAIN, *CONTROLS]
     lines = [
         "SIMULATED. NSC and NSCB in %, mean ± SD over seeds; gain in NSCB over DINO without labels, paired by seed.",
         "",

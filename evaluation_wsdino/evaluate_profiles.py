@@ -51,7 +51,8 @@ from .profiles import (
 )
 from .uncertainty import bootstrap_interval, compare_paired, permutation_null, wilson_interval
 
-SETS = ("untrained", "intensity", "initial", "trained")  # the order in which sets are shown; others follow by name
+# The order in which sets are shown; others follow by name.
+SETS = ("untrained", "intensity", "count", "initial", "trained")
 
 
 def participation_ratio(features):

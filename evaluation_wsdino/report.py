@@ -26,6 +26,7 @@ _SET_NOTES = {
     "untrained": "the same network with random weights",
     "initial": "the network that training started from",
     "intensity": "mean, spread and percentiles of the pixels alone",
+    "count": "nuclei counted, their size, shape and brightness",
 }
 
 

@@ -13,6 +13,7 @@ SET_NAMES = {
     "initial": "where training started",
     "untrained": "untrained network",
     "intensity": "intensity statistics",
+    "count": "nuclei counted and measured",
 }
 # Settings that a reader compares with the paper's recipe.
 RECIPE = {

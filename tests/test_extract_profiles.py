@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import extract_profiles
+from evaluation_wsdino.baselines import nuclear_features
 from evaluation_wsdino.shards import ProfileFile
 from modeling_wsdino import (
     WSDinoConfig,
@@ -105,6 +106,7 @@ PAPER = ((0, 8), (0, 40), (32, 8), (32, 40))  # the four 32-pixel tiles in the m
 def test_every_set_of_a_run_equals_a_plain_loop(run, tiny_screen):
     extract(run, "--batch_size", 7, "--shard_fields", 30)
     assert sorted(path.name for path in (run / "profiles").iterdir()) == [
+        "count.parquet",
         "intensity.parquet",
         "trained.parquet",
         "untrained.parquet",
@@ -141,6 +143,32 @@ def test_intensity_features_against_a_second_library(run, tiny_screen):
             clipped = sum(value > 1 for value in scaled.tolist()) / scaled.size
             expected = [scaled.mean(), scaled.std(), stats.skew(scaled), *scores, clipped]
             np.testing.assert_allclose(features_of(table, channel).iloc[number], expected, rtol=2e-4)
+
+
+def test_the_count_is_of_the_nuclear_stain_whatever_was_trained(run, tiny_screen, tmp_path, capsys):
+    extract(run, "--sets", "count", "--channels", "tubulin")
+    table = pd.read_parquet(run / "profiles" / "count.parquet")
+    rows = list(screen_rows(tiny_screen))
+    assert features_of(table).columns.tolist() == [f"dna_{index:04d}" for index in range(10)]
+    assert table["Metadata_Well"].tolist() == [row["well"] for row in rows]
+    for number in range(0, len(rows), 7):
+        expected = nuclear_features(rows[number]["dna"], 10_000)
+        np.testing.assert_array_equal(features_of(table).iloc[number], expected)
+    extract(run, "--sets", "count", "--nuclear_channel", "actin")
+    assert features_of(pd.read_parquet(run / "profiles" / "count.parquet")).columns[0] == "actin_0000"
+    assert "--nuclear_channel lipids" in refused(capsys, run, "--nuclear_channel", "lipids")
+    # A screen without a column dna is not counted in another stain unasked.
+    kept = ("tubulin", *extract_profiles.METADATA)
+    features = Features({name: ImageFeature() if name == "tubulin" else Value("string") for name in kept})
+    content = {name: [row[name] if name == "tubulin" else str(row[name]) for row in rows[:4]] for name in kept}
+    (tmp_path / "other").mkdir()
+    Dataset.from_dict(content, features=features).to_parquet(tmp_path / "other" / "train.parquet")
+    (run / "profiles" / "count.parquet").unlink()
+    words = ("--dataset", tmp_path / "other", "--parts", "default", "--channels", "tubulin")
+    extract(run, *words, "--sets", "count", "intensity")
+    assert "--nuclear_channel" in capsys.readouterr().out
+    assert not (run / "profiles" / "count.parquet").exists()
+    assert len(pd.read_parquet(run / "profiles" / "intensity.parquet")) == 4
 
 
 def test_any_model_gives_what_the_run_gives(run, tiny_screen, tmp_path):

@@ -1,0 +1,111 @@
+"""What a profile must beat: statistics of a field's pixels, and its nuclei counted and measured; no network.
+
+A profile that only matches `intensity_features` has learned staining; one that only matches `nuclear_features` has
+learned what a cell counter sees. Both give one row a field, which then takes the same way as a network's features.
+"""
+
+import numpy as np
+from scipy import ndimage
+from skimage.filters import threshold_otsu
+from skimage.segmentation import watershed
+
+SMALLEST_NUCLEUS = 20  # pixels: a tenth of an untreated nucleus of BBBC021 at half size, so that fragments count
+
+
+def intensity_features(plane, max_intensity):
+    """`(11,)` float32: mean, SD, skewness, seven percentiles and the share of clipped pixels, of a whole field.
+
+    What a plate reader could see: no shape and no texture.
+
+    Parameters
+    ----------
+    plane : (height, width) array
+        Raw intensities.
+    max_intensity : float
+        The intensity that becomes 1; pixels above it are clipped.
+    """
+    scaled = np.asarray(plane, dtype=np.float64).ravel() / max_intensity
+    mean, deviation = scaled.mean(), scaled.std()
+    skewness = ((scaled - mean) ** 3).mean() / max(deviation, 1e-12) ** 3
+    percentiles = np.percentile(scaled, [1, 5, 25, 50, 75, 95, 99])
+    return np.array([mean, deviation, skewness, *percentiles, (scaled > 1).mean()], dtype=np.float32)
+
+
+def nuclear_features(plane, max_intensity):
+    """`(10,)` float32 of the nuclei in a field of the nuclear stain.
+
+    Their number; the share of the field they cover; 25th, 50th and 75th percentile of their areas (pixels); mean and
+    SD of their eccentricities (0 a disk, towards 1 a line); median and SD of their brightness above the background,
+    and the mean spread of brightness within one, the three as shares of `max_intensity`. A field without nuclei is
+    all zeros. The number alone would be one dimension, in which a cosine knows two answers, so it does not stand
+    alone.
+
+    Parameters
+    ----------
+    plane, max_intensity
+        As for `intensity_features`.
+    """
+    scaled = np.minimum(np.asarray(plane, dtype=np.float64) / max_intensity, 1.0)
+    labels = label_nuclei(scaled)
+    count = int(labels.max())
+    if not count:
+        return np.zeros(10, dtype=np.float32)
+    rows, columns = np.nonzero(labels)
+    owner = labels[rows, columns] - 1
+    area = np.bincount(owner, minlength=count)
+
+    def mean(values):
+        return np.bincount(owner, values, minlength=count) / area
+
+    # Second moments, with 1/12 for the extent of a pixel itself, give the axes of the ellipse of equal moments.
+    row_mean, column_mean = mean(rows), mean(columns)
+    rr = mean((rows - row_mean[owner]) ** 2) + 1 / 12
+    cc = mean((columns - column_mean[owner]) ** 2) + 1 / 12
+    rc = mean((rows - row_mean[owner]) * (columns - column_mean[owner]))
+    root = np.sqrt((rr - cc) ** 2 + 4 * rc**2)
+    eccentricity = np.sqrt(2 * root / (rr + cc + root))
+    values = scaled[rows, columns]
+    brightness = mean(values)
+    spread = np.sqrt(mean((values - brightness[owner]) ** 2))
+    brightness -= np.median(scaled[labels == 0])  # the threshold leaves a background
+    features = [count, (labels > 0).mean(), *np.percentile(area, [25, 50, 75])]
+    features += [eccentricity.mean(), eccentricity.std(), np.median(brightness), brightness.std(), spread.mean()]
+    return np.array(features, dtype=np.float32)
+
+
+def label_nuclei(scaled, smallest=SMALLEST_NUCLEUS):
+    """`(height, width)` int32: 0 background, 1, 2, ... one number a nucleus of the nuclear stain's plane.
+
+    Otsu's threshold on the smoothed square root (bright mitotic nuclei would raise that of the raw plane), at least
+    three noise deviations above the median so that an empty field stays empty; touching nuclei are parted by a
+    watershed from the peaks of the distance to the background. Objects below `smallest` pixels are dropped.
+
+    Parameters
+    ----------
+    scaled : (height, width) array of finite numbers, 0 or more
+    smallest : int
+    """
+    smooth = ndimage.gaussian_filter(np.sqrt(scaled), 1.0)
+    low, high = smooth.min(), smooth.max()
+    if not high > low:
+        return np.zeros(scaled.shape, dtype=np.int32)
+    median = np.median(smooth)
+    noise = 1.4826 * np.median(np.abs(smooth - median))
+    mask = ndimage.binary_fill_holes(smooth > max(threshold_otsu(smooth), median + 3 * noise))
+    objects, _ = ndimage.label(mask)
+    sizes = np.bincount(objects.ravel())
+    sizes[0] = 0
+    if not (sizes >= smallest).any():
+        return np.zeros(scaled.shape, dtype=np.int32)
+    mask = (sizes >= smallest)[objects]
+    distance = ndimage.distance_transform_edt(mask)
+    # Peaks closer than a nucleus's radius belong to one nucleus; the radius is that of the middle object.
+    radius = max(2, round(float(np.sqrt(np.median(sizes[sizes >= smallest]) / np.pi))))
+    relief = ndimage.gaussian_filter(distance, radius / 4)
+    peaks, count = ndimage.label(mask & (relief == ndimage.maximum_filter(relief, size=2 * radius + 1)))
+    parts = watershed(-relief, peaks, mask=mask)
+    sizes = np.bincount(parts.ravel(), minlength=count + 1)
+    sizes[0] = 0
+    kept = sizes >= smallest
+    numbers = np.where(kept, np.cumsum(kept), 0)
+    return numbers[parts].astype(np.int32)
