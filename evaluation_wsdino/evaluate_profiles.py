@@ -18,7 +18,8 @@ sets.<set>        of each profile file: nsc, nscb, nsc_correct, nsc_total, nscb_
                   five_nearest (nsc and nscb when five neighbours vote), reproducibility (`replicate_reproducibility`),
                   batch_effect (`control_batch_effect`), retrieval (`mean_average_precision`, where it was asked for),
                   held_out (`held_out`, where --exclude_compounds kept compounds out of training),
-                  channels.<channel> (nsc, nscb, ... of that channel alone; participation_ratio of its raw features)
+                  channels.<channel> (nsc, nscb, ... and their intervals of that channel alone; participation_ratio of
+                  its raw features)
 training.<channel> last_step, last_loss, and collapse: verdict ("healthy", "suspect", "collapsed" or "unknown"),
                   reasons (sentences), last (the monitors' last values)
 comparisons       for every set but the headline's: {"first": set, "second": headline's, "nsc": ..., "nscb": ...}, see
@@ -205,17 +206,14 @@ def evaluate_set(
     for channel, names in feature_columns(treatments).items():
         scores = score_treatments(treatments[metadata + names], **options)
         summary = {key: value for key, value in scores.items() if not isinstance(value, (list, dict))}
+        summary |= score_intervals(scores) if details else {}
         summary["participation_ratio"] = participation_ratio(profiles[raw[channel]])
         summary["features"] = len(raw[channel])
         result["channels"][channel] = summary
     if not details:
         return result
+    result |= score_intervals(result)
     for prefix in ("nsc", "nscb"):
-        scored = [query for query in result[f"{prefix}_queries"] if query["excluded"] is None]
-        result[f"{prefix}_wilson"] = wilson_interval(result[f"{prefix}_correct"], result[f"{prefix}_total"])
-        result[f"{prefix}_bootstrap"] = bootstrap_interval(
-            [query["correct"] for query in scored], [query["compound"] for query in scored]
-        )
         result[f"{prefix}_null"] = permutation_null(result[f"{prefix}_queries"])
     if plot:
         result["map"], result["map_method"] = map_treatments(treatments[columns].to_numpy())
@@ -226,6 +224,18 @@ def evaluate_set(
     if retrieval:
         result["retrieval"] = mean_average_precision(normalized)
     return result
+
+
+def score_intervals(scores):
+    """nsc_wilson, nsc_bootstrap, nscb_wilson and nscb_bootstrap, 95 %, of the metric's dictionary."""
+    intervals = {}
+    for prefix in ("nsc", "nscb"):
+        scored = [query for query in scores[f"{prefix}_queries"] if query["excluded"] is None]
+        intervals[f"{prefix}_wilson"] = wilson_interval(scores[f"{prefix}_correct"], scores[f"{prefix}_total"])
+        intervals[f"{prefix}_bootstrap"] = bootstrap_interval(
+            [query["correct"] for query in scored], [query["compound"] for query in scored]
+        )
+    return intervals
 
 
 def control_batch_effect(profiles, normalizer, group_by=None):

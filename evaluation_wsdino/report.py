@@ -232,7 +232,8 @@ def _sets_section(runs):
             )
             for channel, part in scores["channels"].items():
                 ratio = f"{number(part['participation_ratio'])} of {part['features']}"
-                rows.append(("sub", [escape(channel), _score(part, "nsc"), _score(part, "nscb"), ratio]))
+                shares = [_with_lines(_score(part, p), _interval_line(part, p)) for p in ("nsc", "nscb")]
+                rows.append(("sub", [escape(channel), *shares, ratio]))
     return (
         _table(["Profiles", "NSC", "NSCB", "dimensions in use"], rows, numeric=range(1, 4))
         + '<p class="soft">The 95 % interval draws compounds anew, since treatments of one compound succeed and fail '
@@ -244,10 +245,18 @@ def _sets_section(runs):
 
 def _score_cell(scores, prefix):
     null = scores.get(f"{prefix}_null") or {}
-    interval = _interval(scores, prefix)
     chance = f"chance {percent(null.get('null_mean'), 0)}, {_p_value(null.get('p_value'))}"
-    lines = [f"<b>{_score(scores, prefix)}</b>", f"95 %: {interval}" if interval else "", chance]
-    return '<br><span class="soft">'.join(line for line in lines if line) + "</span>" * (len(lines) - 1)
+    return _with_lines(f"<b>{_score(scores, prefix)}</b>", _interval_line(scores, prefix), chance)
+
+
+def _interval_line(scores, prefix):
+    interval = _interval(scores, prefix)
+    return f"95 %: {interval}" if interval else ""
+
+
+def _with_lines(first, *others):
+    """A cell's text and, softer, the lines below it that say something."""
+    return first + "".join(f'<br><span class="soft">{line}</span>' for line in others if line)
 
 
 def _comparison_section(runs):

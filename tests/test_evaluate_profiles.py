@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import binomtest
 
 from evaluation_wsdino import ProfileError
 from evaluation_wsdino.evaluate_profiles import (
@@ -156,6 +157,22 @@ def test_a_run_is_evaluated_and_written(run):
     table = format_table(results)
     assert "SIMULATED" in table
     assert f"trained against untrained, NSC: {100 * gain / 24:+.1f} points" in table
+
+
+def test_a_channel_has_the_intervals_of_its_own_scores(run):
+    profiles = pd.read_parquet(run / "profiles" / "untrained.parquet")
+    result = evaluate_set(profiles, plot=False)
+    for channel in ("dna", "tubulin"):
+        part = result["channels"][channel]
+        for prefix in ("nsc", "nscb"):
+            counts = binomtest(part[f"{prefix}_correct"], part[f"{prefix}_total"])
+            assert part[f"{prefix}_wilson"] == pytest.approx(tuple(counts.proportion_ci(method="wilson")))
+            low, high = part[f"{prefix}_bootstrap"]
+            assert low <= part[prefix] <= high and high > low
+        alone = profiles[[name for name in profiles if name.startswith(("Metadata_", channel))]]
+        alone = evaluate_set(alone, plot=False)
+        for prefix in ("nsc", "nscb"):
+            assert part[f"{prefix}_bootstrap"] == alone[f"{prefix}_bootstrap"]
 
 
 def test_real_data_are_not_called_simulated(run):

@@ -34,15 +34,16 @@ NAME = "wsdino-vit32x1p8-simulated"
 def make_results(dataset="nowhere", simulated=True):
     """A results.json whose every number is recognisable."""
 
-    def scores(seed, interval=True):
+    def scores(seed, interval=(0.31, 0.53)):
         right = 41 + seed
         found = {"nsc": right / 97, "nsc_correct": right, "nsc_total": 97}
         found |= {"nscb": (right - 7) / 89, "nscb_correct": right - 7, "nscb_total": 89}
-        return found | ({"nsc_bootstrap": [0.31, 0.53], "nscb_bootstrap": [0.29, 0.57]} if interval else {})
+        return found | {"nsc_bootstrap": list(interval), "nscb_bootstrap": [0.29, 0.57]}
 
     source = "simulated, seed 7" if simulated else "BBBC021v1"
     sets = {
-        name: scores(seed) | {"channels": {channel: scores(seed + 1 + i, False) for i, channel in enumerate(CHANNELS)}}
+        name: scores(seed)
+        | {"channels": {channel: scores(seed + 1 + i, (0.2 + i / 50, 0.6)) for i, channel in enumerate(CHANNELS)}}
         for seed, name in ((11, "untrained"), (17, "intensity"), (23, "trained"))
     }
     pair = {"compared": 97, "gained": ["a"] * 13, "lost": ["b"], "p_compound": 0.0173}
@@ -318,6 +319,7 @@ def test_a_card_shows_the_measured_numbers_and_no_others(channels):
     for number in ("2,311", "619", "1,693", "38", "53", "epoch 37", f"({scores['nsc_correct']}/97)"):
         assert number in text, number
     assert ("0.31-0.53" in text) == (len(channels) > 1) == ("gains 13 and loses 1 of 97" in text)
+    assert ("0.22-0.60" in text) == (channels == ["tubulin"])
     # every number of the table and of the data is in results.json (shares rounded)
     known = set(re.findall(r"\d+", json.dumps(results)))
     exact = [found for found in re.findall(r"\d+(?:\.\d+)?", json.dumps(results))]
