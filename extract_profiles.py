@@ -34,6 +34,7 @@ from datasets import concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetsError
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
@@ -294,8 +295,10 @@ def load_image_processor(source: str | Path, model: WSDinoModel | WSDinoMultiCha
     return WSDinoImageProcessor(tile_size=model.config.image_size)
 
 
-def run_extractors(run: Path, name: str, arguments: TrainingArguments, channels: list[str]) -> dict[str, Extractor]:
-    """One set of a run: an extractor a channel."""
+def run_extractors(
+    run: Path, name: str, arguments: TrainingArguments | None, channels: list[str]
+) -> dict[str, Extractor]:
+    """One set of a run: an extractor a channel; the arguments are needed for networks that are not the trained."""
     extractors = {}
     for channel in channels:
         folder = run / channel / "model"
@@ -310,6 +313,34 @@ def run_extractors(run: Path, name: str, arguments: TrainingArguments, channels:
             torch.manual_seed(arguments.seed)
             model = WSDinoModel(WSDinoConfig.from_pretrained(folder))
         extractors[channel] = Extractor(load_image_processor(folder, trained), model)
+    return extractors
+
+
+def checkpoint_steps(run: Path, channels: list[str]) -> list[int]:
+    """The steps of which every channel keeps a checkpoint, in order."""
+    kept = [
+        {int(path.name.removeprefix("step_")) for path in (run / channel / "checkpoints").glob("step_" + "[0-9]" * 8)}
+        for channel in channels
+    ]
+    return sorted(set.intersection(*kept))
+
+
+def checkpoint_extractors(run: Path, step: int, channels: list[str]) -> dict[str, Extractor]:
+    """The teachers of one training checkpoint, an extractor a channel.
+
+    Raises:
+        TrainingError: a checkpoint that is damaged, or of networks of another shape.
+    """
+    extractors = run_extractors(run, "trained", None, channels)
+    for channel, extractor in extractors.items():
+        path = run / channel / "checkpoints" / f"step_{step:08d}" / "model_1.safetensors"  # prepared second: teacher
+        try:
+            state = load_file(path)
+            names = [name for name in state if name.startswith("backbone.")]
+            extractor.model.load_state_dict({name.removeprefix("backbone."): state[name] for name in names})
+        except (OSError, SafetensorError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise TrainingError(f"{path} cannot be loaded ({reason}): remove that checkpoint.") from error
     return extractors
 
 
@@ -540,11 +571,12 @@ def extract_run(
     sets: list[str],
     channels: list[str] | None,
     nuclear_channel: str | None,
+    checkpoints: bool,
     tiles: str | None,
     options: Options,
     state: PartialState,
 ) -> None:
-    """Write every asked set's profiles and the pictures of a run.
+    """Write every asked set's profiles and the pictures of a run; with `checkpoints` those of the kept ones too.
 
     Raises:
         TrainingError, ScreenError, ProfileError: no such run, dataset, part, channel; a place that cannot be written.
@@ -569,6 +601,10 @@ def extract_run(
         if name == "initial" and arguments.init == "random" and not arguments.whiten_patches:
             continue  # random weights are the set "untrained"
         extractors = with_tiles(run_extractors(run, name, arguments, channels), tiles)
+        extract_file(path, extractors, dataset, metadata, options, state)
+    for step in checkpoint_steps(run, channels) if checkpoints else ():
+        path = run / "profiles" / "checkpoints" / f"step_{step:08d}.parquet"
+        extractors = with_tiles(checkpoint_extractors(run, step, channels), tiles)
         extract_file(path, extractors, dataset, metadata, options, state)
     if state.is_main_process:
         write_pictures(run / "pictures", run_extractors(run, "trained", arguments, channels), dataset)
@@ -628,6 +664,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--channels", nargs="+", help="which channels; all of the run's or model's if not given")
     nuclear = "of a run: column of the nuclear stain, for the set count; dna if not given"
     parser.add_argument("--nuclear_channel", help=nuclear)
+    parser.add_argument(
+        "--checkpoints",
+        action="store_true",
+        help="of a run: also the teachers of the checkpoints that every channel keeps, to score all channels together "
+        "while they were trained (train with --keep N to keep more than the last)",
+    )
     parser.add_argument("--pictures", type=Path, help="with --model: folder to write example pictures into")
     tiles = ("paper", "full", "original_code")
     parser.add_argument("--tiles", choices=tiles, help="which tiles of a field; the model's own choice if not given")
@@ -674,7 +716,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         common = {"channels": arguments.channels, "tiles": arguments.tiles, "options": options, "state": state}
         if arguments.run is not None:
-            common["nuclear_channel"] = arguments.nuclear_channel
+            common |= {"nuclear_channel": arguments.nuclear_channel, "checkpoints": arguments.checkpoints}
             extract_run(arguments.run, arguments.dataset, arguments.parts, arguments.sets, **common)
         else:
             places = {"output": arguments.output, "pictures": arguments.pictures}

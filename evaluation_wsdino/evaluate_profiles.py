@@ -22,6 +22,8 @@ sets.<set>        of each profile file: nsc, nscb, nsc_correct, nsc_total, nscb_
                   its raw features)
 training.<channel> last_step, last_loss, and collapse: verdict ("healthy", "suspect", "collapsed" or "unknown"),
                   reasons (sentences), last (the monitors' last values)
+checkpoints       of each profiles/checkpoints/step_<step>.parquet: step, epoch (with training logs), and all channels'
+                  nsc, nscb, nsc_correct, nsc_total, nscb_correct, nscb_total at that step; [] where none was extracted
 comparisons       for every set but the headline's: {"first": set, "second": headline's, "nsc": ..., "nscb": ...}, see
                   `compare_paired`
 notes             sentences that belong beside the scores wherever they are shown
@@ -354,6 +356,31 @@ def _training(run, sets):
     return training
 
 
+def _checkpoints(run, normalizer, progress, options):
+    """All channels' scores at each checkpoint that was extracted, by rising step."""
+    rates = [
+        line["epoch"] / line["step"]
+        for log in sorted(run.glob("*/metrics.jsonl"))
+        for line in read_metrics(log)
+        if isinstance(line.get("epoch"), (int, float)) and isinstance(line.get("step"), (int, float)) and line["step"]
+    ]
+    lines = []
+    paths = sorted(run.glob("profiles/checkpoints/step_*.parquet"))
+    options = {name: value for name, value in options.items() if name != "retrieval"}
+    for path in tqdm(paths, desc="Scoring", unit="checkpoint", disable=None if progress else True):
+        try:
+            step = int(path.stem.removeprefix("step_"))
+            scores = evaluate_set(read_profiles(path), normalizer, details=False, **options)
+        except ProfileError as error:
+            raise ProfileError(f"{path}: {error}") from None
+        except ValueError:
+            raise ProfileError(f"{path} is not named like step_00000100.parquet: rename or remove it.") from None
+        counts = [f"{prefix}{suffix}" for prefix in ("nsc", "nscb") for suffix in ("", "_correct", "_total")]
+        epoch = {"epoch": step * rates[-1]} if rates else {}
+        lines.append({"step": step, **epoch, **{name: scores[name] for name in counts}})
+    return lines
+
+
 def _settings(run):
     path = run / "settings.json"
     if not path.exists():
@@ -454,6 +481,7 @@ def evaluate_run(run_folder, *, normalizer=None, progress=True, **options):
             "exclude": options.get("exclude", "single_batch"),
         },
         "sets": sets,
+        "checkpoints": _checkpoints(run, normalizer, progress, options),
         "training": _training(run, sets),
         "settings": _settings(run),
         "versions": _versions(),

@@ -59,7 +59,8 @@ def load_run(folder, dataset=None):
     Returns
     -------
     dict
-        name, results, metrics {channel: lines}, pictures {file stem: data URI}, thumbnails {treatment: data URI}.
+        name, results, metrics {channel or "all channels": lines}, pictures {file stem: data URI}, thumbnails
+        {treatment: data URI}.
 
     Raises
     ------
@@ -90,10 +91,13 @@ def load_run(folder, dataset=None):
                 print(f"Without thumbnails: {error}")
     elif dataset:
         thumbnails = load_thumbnails(dataset)
+    metrics = {log.parent.name: read_metrics(log) for log in sorted(folder.glob("*/metrics.jsonl"))}
+    if results.get("checkpoints"):
+        metrics["all channels"] = results["checkpoints"]
     return {
         "name": folder.resolve().name,
         "results": results,
-        "metrics": {log.parent.name: read_metrics(log) for log in sorted(folder.glob("*/metrics.jsonl"))},
+        "metrics": metrics,
         "pictures": pictures,
         "thumbnails": thumbnails,
     }
@@ -422,7 +426,8 @@ def _epochs_section(runs, fixed=None, prefix="nscb"):
     if not rows:
         return ""
     head = ["", "last epoch", f"mean of epochs {number(window[0])} to {number(window[1])}", "best epoch"]
-    return f"<h3>{prefix.upper()} of one channel while training</h3>" + _table(head, rows, numeric=(1, 2, 3))
+    title = f"{prefix.upper()} while training, of one channel or, from checkpoints, of all"
+    return f"<h3>{title}</h3>" + _table(head, rows, numeric=(1, 2, 3))
 
 
 def _held_out_section(runs):

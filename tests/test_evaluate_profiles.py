@@ -159,6 +159,25 @@ def test_a_run_is_evaluated_and_written(run):
     assert f"trained against untrained, NSC: {100 * gain / 24:+.1f} points" in table
 
 
+def test_checkpoints_are_scored_together_in_order(run):
+    folder = run / "profiles" / "checkpoints"
+    folder.mkdir()
+    for step, signal in ((200, 4.0), (30, 0.3)):
+        screen(signal).to_parquet(folder / f"step_{step:08d}.parquet")
+    (run / "dna" / "metrics.jsonl").write_text('{"step": 100, "epoch": 5.0, "loss": 1.0}\n')
+    (run / "tubulin" / "metrics.jsonl").write_text('{"step": 200, "epoch": 10.0, "nsc": 0.5}\n')
+    results = evaluate_run(run, progress=False)
+    assert list(results["sets"]) == ["untrained", "trained"]
+    first, last = results["checkpoints"]
+    assert (first["step"], first["epoch"], last["step"], last["epoch"]) == (30, 1.5, 200, 10.0)
+    for line, name in ((first, "untrained"), (last, "trained")):  # of the same fields
+        for key in ("nsc", "nscb", "nsc_correct", "nscb_total"):
+            assert line[key] == results["sets"][name][key]
+    (folder / "step_x.parquet").write_bytes((folder / "step_00000030.parquet").read_bytes())
+    with pytest.raises(ProfileError, match="rename or remove"):
+        evaluate_run(run, progress=False)
+
+
 def test_a_channel_has_the_intervals_of_its_own_scores(run):
     profiles = pd.read_parquet(run / "profiles" / "untrained.parquet")
     result = evaluate_set(profiles, plot=False)

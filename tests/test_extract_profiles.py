@@ -21,6 +21,7 @@ from datasets import Image as ImageFeature
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 
 import extract_profiles
 from evaluation_wsdino.baselines import nuclear_features
@@ -143,6 +144,34 @@ def test_intensity_features_against_a_second_library(run, tiny_screen):
             clipped = sum(value > 1 for value in scaled.tolist()) / scaled.size
             expected = [scaled.mean(), scaled.std(), stats.skew(scaled), *scores, clipped]
             np.testing.assert_allclose(features_of(table, channel).iloc[number], expected, rtol=2e-4)
+
+
+def test_checkpoints_of_all_channels(run, tiny_screen, capsys):
+    """Teachers of the steps that every channel keeps; student, head and the steps of one channel are left alone."""
+    teachers = {}
+    for number, channel in enumerate(CHANNELS):
+        for step in (20, 40) if channel == "actin" else (10, 20, 40):
+            folder = run / channel / "checkpoints" / f"step_{step:08d}"
+            folder.mkdir(parents=True)
+            for seed, file in ((1, "model"), (2, "model_1")):
+                teacher = make_model([channel], seed + 10 * step + 100 * number)
+                state = {f"backbone.{name}": tensor for name, tensor in teacher.state_dict().items()}
+                save_file(state | {"head.mlp.0.weight": torch.zeros(3)}, folder / f"{file}.safetensors")
+            teachers[channel, step] = teacher
+    (run / "dna" / "checkpoints" / "step_00000050.partial").mkdir()
+    extract(run, "--sets", "trained", "--checkpoints")
+    paths = sorted((run / "profiles" / "checkpoints").iterdir())
+    assert [path.name for path in paths] == ["step_00000020.parquet", "step_00000040.parquet"]
+    rows = list(screen_rows(tiny_screen))[:4]
+    for path, step in zip(paths, (20, 40), strict=True):
+        table = pd.read_parquet(path)
+        for channel in CHANNELS:
+            expected = np.stack([plain_features(teachers[channel, step], row[channel], PAPER) for row in rows])
+            np.testing.assert_allclose(features_of(table, channel)[:4], expected, atol=2e-4)
+    with open(run / "actin" / "checkpoints" / "step_00000020" / "model_1.safetensors", "r+b") as file:
+        file.truncate(500)
+    said = refused(capsys, run, "--sets", "trained", "--checkpoints")
+    assert "step_00000020" in said and "remove that checkpoint" in said
 
 
 def test_the_count_is_of_the_nuclear_stain_whatever_was_trained(run, tiny_screen, tmp_path, capsys):

@@ -166,6 +166,23 @@ def test_two_runs_are_compared(runs):
         assert name in page.text
 
 
+def test_epochs_of_seeds_and_of_all_channels_together(runs):
+    """The window's means, and the best epoch, by hand: NSCB was logged as 0.25 + step / 100 at epochs 0.9 ... 3.9."""
+    loaded = [load_run(folder, dataset=False) for folder in runs]
+    for run, scores in zip(loaded, ((0.1, 0.6, 0.4), (0.3, 0.2, 0.8)), strict=True):
+        lines = [{"step": 10 * e, "epoch": e, "nsc": 0.9, "nscb": s} for e, s in zip((1, 3, 4), scores, strict=True)]
+        run["metrics"]["all channels"] = lines
+    text = Page(render_report(loaded, window=(3, 4))).text
+    # Means over epochs 3 and 4 are 0.5 and 0.5, the best of the first 60 % at 3 and of the second 80 % at 4.
+    assert "all channels, first 40.0 % at 4 50.0 % 60.0 % at 3 best epoch chosen on test labels" in text
+    assert "all channels, second 80.0 % at 4 50.0 % 80.0 % at 4 best epoch chosen on test labels" in text
+    assert "all channels, all runs: mean ± SD 50.0 % ± 0" in text
+    # One channel: in the window epoch 3.9 alone, step 39.
+    assert "dna, first 64.0 % at 3.9 64.0 % 64.0 % at 3.9" in text
+    # Without a window it is the last quarter of what every run of that channel reached: epochs 3 to 4.
+    assert "all channels, first 40.0 % at 4 50.0 %" in Page(render_report(loaded)).text
+
+
 def test_every_label_is_escaped(tmp_path):
     folder = make_run(
         tmp_path / "a&<b>", moas=(EVIL, "x<img src=y onerror=z>", "DNA & damage"), source=f"simulated {EVIL}"

@@ -423,7 +423,7 @@ def test_the_whole_way_through_real_commands(tmp_path):
             "1",
             "--resume",
         ),
-        ("extract_profiles.py", str(run)),
+        ("extract_profiles.py", str(run), "--checkpoints"),
         ("-m", "evaluation_wsdino.evaluate_profiles", str(run)),
         ("-m", "evaluation_wsdino.report", str(run)),
     ]
@@ -438,6 +438,11 @@ def test_the_whole_way_through_real_commands(tmp_path):
         assert len(features) == width and tables[name][features].notna().all().all()
     assert (tables["trained"]["Metadata_Compound"] == "DMSO").any()
     results = json.loads((run / "results.json").read_text())
+    # The last checkpoint's teachers are the trained models.
+    last = sorted((run / "profiles" / "checkpoints").glob("*.parquet"))[-1]
+    pd.testing.assert_frame_equal(pd.read_parquet(last), tables["trained"], rtol=1e-6)
+    assert results["checkpoints"][-1]["nsc"] == results["sets"]["trained"]["nsc"]
+    assert results["checkpoints"][-1]["epoch"] == 1.0
     assert results["simulated"] is True
     report = (run / "report.html").read_text()
     assert "simulated" in report.lower() and "http://" not in report.replace("http://www.w3.org", "")
