@@ -3,13 +3,14 @@
 The released recipe crops with area 0.1-0.2 (global, 224 pixels) and 0.04-0.08 (local, 96 pixels), ratio 1, OpenCV's
 bicubic kernel (a = -0.75, no antialias, border replicated inside the crop), and both flips with probability 0.5. Here
 a crop is cut before anything is computed, so that the cost is that of the crop's pixels and never of the whole field,
-and all crops of a batch are resized together as two batched matrix products.
+and all crops of a batch are resized together, as two weighted sums of four pixels: along the rows, then the columns.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 
 @dataclass(frozen=True)
@@ -58,38 +59,64 @@ def cut_window(plane: np.ndarray, box: np.ndarray, out: np.ndarray | None = None
     return out
 
 
-def bicubic_weights(
-    length: torch.Tensor, size: int, extent: int, flip: torch.Tensor, a: float = -0.75
-) -> torch.Tensor:
-    """Interpolation matrices that map `length` pixels to `size` pixels, padded to `extent` columns.
+def bicubic_taps(
+    length: torch.Tensor, size: int, flip: torch.Tensor, a: float = -0.75
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which four pixels of a line, and how much of each, make each pixel of that line resized to `size`.
 
     Keys' cubic convolution kernel with `a = -0.75` at half-pixel centres, as in OpenCV's INTER_CUBIC and torch's
     bicubic without antialias; taps outside the crop take its border pixel.
 
     Args:
-        length: `(n,)` source lengths, each at most `extent`.
-        flip: `(n,)` bool, reverses the output.
+        length: `(...)` source lengths.
+        flip: `(...)` bool, reverses the output.
 
     Returns:
-        `(n, size, extent)` float32, rows summing to 1.
+        `(..., size, 4)` int32 in [0, length), and `(..., size, 4)` float32 that sum to 1.
     """
-    place = (torch.arange(size, device=length.device) + 0.5)[None, :] * (length[:, None] / size) - 0.5
+    device, length, flip = length.device, length.contiguous(), flip.contiguous()
+    pixel = torch.arange(size, device=device)
+    pixel = torch.where(flip[..., None], size - 1 - pixel, pixel)
+    place = (pixel + 0.5) * (length[..., None] / size) - 0.5
     first = torch.floor(place)
-    t = place - first
-    weights = torch.stack(
-        [
-            ((a * (t + 1) - 5 * a) * (t + 1) + 8 * a) * (t + 1) - 4 * a,
-            ((a + 2) * t - (a + 3)) * t * t + 1,
-            ((a + 2) * (1 - t) - (a + 3)) * (1 - t) * (1 - t) + 1,
-            ((a * (2 - t) - 5 * a) * (2 - t) + 8 * a) * (2 - t) - 4 * a,
-        ],
-        dim=-1,
-    )
-    taps = first[..., None].long() + torch.arange(-1, 3, device=length.device)
-    taps = torch.minimum(taps.clamp(min=0), (length - 1)[:, None, None])
-    matrix = torch.zeros(len(length), size, extent, device=length.device)
-    matrix.scatter_add_(2, taps, weights.float())
-    return torch.where(flip[:, None, None], matrix.flip(1), matrix)
+    # A line a tap: the coefficients of 1, t, t^2 and t^3.
+    kernel = [[0, a, -2 * a, a], [1, 0, -(a + 3), a + 2], [0, -a, 2 * a + 3, -(a + 2)], [0, 0, a, -a]]
+    c = torch.tensor(kernel, dtype=torch.float32, device=device).t()[..., None]
+    t = (place - first).view(1, -1)
+    weights = ((c[3] * t + c[2]) * t + c[1]) * t + c[0]
+    taps = torch.arange(-1, 3, dtype=torch.int32, device=device)[:, None] + first.int().view(1, -1)
+    taps = torch.minimum(taps.clamp_(min=0), (length - 1).int().view(-1).repeat_interleave(size))
+    return tuple(transposed(each.view(1, 4, -1)).view(*place.shape, 4) for each in (taps, weights))
+
+
+def transposed(images: torch.Tensor) -> torch.Tensor:
+    """`(n, rows, columns)`, contiguous, to contiguous `(n, columns, rows)`.
+
+    Shuffling channels is a transposition of (groups, channels of a group), and of all transpositions the one that
+    torch does with vector instructions on a processor: measured four times as fast as a strided copy.
+    """
+    n, rows, columns = images.shape
+    pixels = rows * columns
+    channels_last = images.as_strided((n, pixels, 1, 1), (pixels, 1, pixels, pixels))
+    return torch.channel_shuffle(channels_last, rows).reshape(n, columns, rows)
+
+
+def weighted_rows(images: torch.Tensor, taps: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Each row of the result is the sum of four weighted rows, in float32 whatever the settings for products.
+
+    Args:
+        images: `(n, rows, columns)` float32.
+        taps: `(n, size, 4)`, counted through the rows of all images.
+        weights: `(n, size, 4)` float32.
+
+    Returns:
+        `(n, size, columns)` float32.
+    """
+    n, size, _ = taps.shape
+    table = images.view(-1, images.shape[2])
+    # What torch calls an embedding bag: a weighted sum of rows of a table.
+    bags = F.embedding_bag(taps.view(-1, 4), table, per_sample_weights=weights.view(-1, 4), mode="sum")
+    return bags.view(n, size, -1)
 
 
 def resize_windows(
@@ -107,7 +134,18 @@ def resize_windows(
     Returns:
         `(n, 1, size, size)` float32; the cubic kernel may overshoot [0, 1] a little, as the original's does.
     """
-    scaled = windows.float().clamp_(max=max_intensity).div_(max_intensity)
-    rows = bicubic_weights(sizes[:, 0], size, windows.shape[1], flips[:, 1])
-    columns = bicubic_weights(sizes[:, 1], size, windows.shape[2], flips[:, 0])
-    return torch.bmm(torch.bmm(rows, scaled), columns.transpose(1, 2))[:, None]
+    n, tallest, widest = windows.shape
+    # A processor takes as many windows at a time as its cache holds: measured twice as fast as 160 at once.
+    part = max(1, 2**19 // (tallest * widest) if windows.device.type == "cpu" else n)
+    (rows, columns), (row_weights, column_weights) = bicubic_taps(sizes.t(), size, flips.t().flip(0))
+    place = (torch.arange(n, dtype=torch.int32, device=windows.device) % part)[:, None, None]
+    rows += place * tallest
+    columns += place * widest
+    row_weights /= max_intensity
+    crops = torch.empty(n, 1, size, size, device=windows.device)
+    for start in range(0, n, part):
+        some = slice(start, start + part)
+        images = windows[some].float().clamp_(max=max_intensity)
+        images = transposed(weighted_rows(images, rows[some], row_weights[some]))
+        crops[some, 0] = transposed(weighted_rows(images, columns[some], column_weights[some]))
+    return crops

@@ -49,6 +49,36 @@ def test_rectangular_windows():
     torch.testing.assert_close(ours, plain, atol=5e-6, rtol=0)
 
 
+def test_more_windows_than_are_resized_at_a_time():
+    """150 windows of up to 100 x 80 pixels are worked off in several parts: each must find its own rows again."""
+    random = np.random.default_rng(3)
+    sizes = np.column_stack([random.integers(60, 101, 150), random.integers(50, 81, 150)])
+    flips = random.random((150, 2)) < 0.5
+    windows = plane(150 * 100, 80, seed=4).reshape(150, 100, 80)
+    ours = resize_windows(torch.from_numpy(windows), torch.from_numpy(sizes), torch.from_numpy(flips), 40, 65535.0)
+    assert windows.size > 2 * 2**19
+    for crop, window, (height, width), (left_right, up_down) in zip(ours, windows, sizes, flips, strict=True):
+        cut = torch.from_numpy(window[:height, :width].astype(np.float32) / 65535)[None, None]
+        expected = F.interpolate(cut, (40, 40), mode="bicubic", align_corners=False)[0]
+        expected = expected.flip([axis for axis, flipped in ((-1, left_right), (-2, up_down)) if flipped])
+        torch.testing.assert_close(crop, expected, atol=5e-6, rtol=0)
+
+
+def test_crops_keep_float32_under_autocast():
+    """Training may run in bfloat16, which has 8 bits; its pixels have 16."""
+    windows = torch.from_numpy(plane(50, 50)[None].copy())
+    arguments = torch.tensor([[41, 50]]), torch.tensor([[True, False]]), 32, 65535.0
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = resize_windows(windows, *arguments)
+    assert inside.dtype == torch.float32
+    torch.testing.assert_close(inside, resize_windows(windows, *arguments), atol=1e-7, rtol=0)
+
+
+def test_no_windows():
+    none = torch.zeros(0, 5, 6, dtype=torch.uint16), torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2) > 0
+    assert resize_windows(*none, 8, 255.0).shape == (0, 1, 8, 8)
+
+
 def test_boxes_are_inside_square_and_of_the_drawn_area():
     boxes = draw_boxes(np.random.default_rng(0), CropSpec(5000, 96, (0.04, 0.08)), (512, 640))
     top, left, height, width = boxes[:, :4].T
