@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.stats import binomtest
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from evaluation_wsdino import ProfileError
 from evaluation_wsdino.evaluate_profiles import (
@@ -157,6 +158,25 @@ def test_a_run_is_evaluated_and_written(run):
     table = format_table(results)
     assert "SIMULATED" in table
     assert f"trained against untrained, NSC: {100 * gain / 24:+.1f} points" in table
+
+
+def test_a_small_screen_is_scored_on_one_thread_and_the_pools_are_left_as_they_were(run, monkeypatch):
+    profiles, seen = pd.read_parquet(run / "profiles" / "trained.parquet"), []
+
+    class Watching(TypicalVariationNormalizer):
+        def fit(self, *args, **kwargs):
+            seen.append({pool["num_threads"] for pool in threadpool_info()})
+            return super().fit(*args, **kwargs)
+
+    with threadpool_limits(3):
+        before = [pool["num_threads"] for pool in threadpool_info()]
+        evaluate_set(profiles, Watching(), plot=False)
+        assert seen and all(threads == {1} for threads in seen)
+        assert [pool["num_threads"] for pool in threadpool_info()] == before
+        seen.clear()
+        monkeypatch.setattr("evaluation_wsdino.evaluate_profiles.ONE_THREAD_BELOW", 100)
+        evaluate_set(profiles, Watching(), details=False)
+        assert seen and all(threads == set(before) for threads in seen)
 
 
 def test_checkpoints_are_scored_together_in_order(run):

@@ -18,7 +18,8 @@ ALLOWED = {
         *("datasets", "huggingface_hub", "filelock", "numpy", "pandas", "PIL", "pyarrow", "scipy", "skimage", "tqdm")
     },
     "evaluation_wsdino": {
-        *("numpy", "pandas", "pyarrow", "scipy", "skimage", "sklearn", "PIL", "tqdm", "datasets", "evaluate")
+        *("numpy", "pandas", "pyarrow", "scipy", "skimage", "sklearn", "threadpoolctl", "PIL", "tqdm"),
+        *("datasets", "evaluate"),
     },
     "model_cards": {"huggingface_hub", "yaml"},
     "evaluation_wsdino/not_same_compound": {"numpy", "datasets", "evaluate", "gradio"},
