@@ -9,8 +9,9 @@ PNG. Both do the same operations, and the largest difference of their planes is 
 
 `read`: what a training item costs: 2 global crops of one field and 8 local ones of another. Plain: open two 640 x 512
 TIFFs and pass over the whole image for each of the ten crops, as the original loader does. Ours: cut the ten windows
-out of the memory-mapped plane cache; resizing and flipping happen on the training device, and are also timed on this
-processor in batches. PNG decoding through `datasets` is timed beside them.
+out of the memory-mapped plane cache by training's own collator; resizing and flipping happen on the training device,
+and are also timed on this processor. PNG decoding through `datasets` is timed beside them. Each way in its turn reads
+the same 16 items, a batch of the paper's; the largest difference of the crops from the plain ones is printed.
 
 Both ways run in one process tree, on the same files; an item's time is one thread's processor time.
 """
@@ -164,8 +165,8 @@ def build(args):
     print(f"difference in grey levels: largest {largest}, mean {total / count:.4f}")
 
 
-def plain_item(paths, specs, random):
-    """Two files opened, and the whole image passed over for every crop."""
+def plain_item(paths, specs, random, once=False):
+    """Two files opened, and the whole image passed over for every crop; with `once`, for every file only."""
     import torch
     import torch.nn.functional as F
 
@@ -173,9 +174,11 @@ def plain_item(paths, specs, random):
 
     crops = []
     for path, spec in zip(paths, specs, strict=True):
+        image = None
         for box in draw_boxes(random, spec, (512, 640)):
-            image = np.asarray(Image.open(path)).astype(np.float32)
-            image = np.clip(image, 0, 10000) / 10000
+            if image is None or not once:
+                image = np.asarray(Image.open(path)).astype(np.float32)
+                image = np.clip(image, 0, 10000) / 10000
             top, left, height, width = box[:4]
             crop = torch.from_numpy(image[top : top + height, left : left + width].copy())[None, None]
             crop = F.interpolate(crop, (spec.size, spec.size), mode="bicubic", align_corners=False)
@@ -183,52 +186,6 @@ def plain_item(paths, specs, random):
                 crop = crop.flip(axis) if flip else crop
             crops.append(crop)
     return crops
-
-
-def whole_once_item(paths, specs, random):
-    """As `plain_item`, but each file is opened and scaled once, and its crops are cut from that."""
-    import torch
-    import torch.nn.functional as F
-
-    from pretraining_wsdino.multicrop import draw_boxes
-
-    crops = []
-    for path, spec in zip(paths, specs, strict=True):
-        image = np.clip(np.asarray(Image.open(path)).astype(np.float32), 0, 10000) / 10000
-        for box in draw_boxes(random, spec, (512, 640)):
-            top, left, height, width = box[:4]
-            crop = torch.from_numpy(image[top : top + height, left : left + width].copy())[None, None]
-            crops.append(F.interpolate(crop, (spec.size, spec.size), mode="bicubic", align_corners=False))
-    return crops
-
-
-def cut_item(planes, indices, specs, random):
-    """Ten windows out of the memory map."""
-    from pretraining_wsdino.multicrop import cut_window, draw_boxes
-
-    windows, boxes = [], []
-    for index, spec in zip(indices, specs, strict=True):
-        chosen = draw_boxes(random, spec, planes.shape[1:])
-        windows.append([cut_window(planes[index], box) for box in chosen])
-        boxes.append(chosen)
-    return windows, boxes
-
-
-def cut_and_resize_item(planes, indices, specs, random):
-    """The same, resized and flipped on this processor."""
-    import torch
-
-    from pretraining_wsdino.multicrop import resize_windows
-
-    windows, boxes = cut_item(planes, indices, specs, random)
-    result = []
-    for some, chosen, spec in zip(windows, boxes, specs, strict=True):
-        padded = np.zeros((len(some), chosen[:, 2].max(), chosen[:, 3].max()), np.uint16)
-        for window, target in zip(some, padded, strict=True):
-            target[: window.shape[0], : window.shape[1]] = window
-        sizes, flips = torch.from_numpy(chosen[:, 2:4]), torch.from_numpy(chosen[:, 4:6]).bool()
-        result.append(resize_windows(torch.from_numpy(padded), sizes, flips, spec.size, 10000.0))
-    return result
 
 
 def read(args):
@@ -240,10 +197,12 @@ def read(args):
     from dataset_scripts.draw_cells import Optics, Phenotype, draw_field
     from dataset_scripts.illumination import correct_plane
     from dataset_scripts.plates import encode_png
-    from pretraining_wsdino.multicrop import CropSpec
+    from pretraining_wsdino.multicrop import CropSpec, resize_windows
+    from pretraining_wsdino.pairs import CROP_STREAM, Pair, WeakLabelPairCollator, keyed_generator
 
     torch.set_num_threads(1)
     specs = (CropSpec(2, 224, (0.1, 0.2)), CropSpec(8, 96, (0.04, 0.08)))
+    collator = WeakLabelPairCollator(*specs, seed=0)
     with tempfile.TemporaryDirectory(dir=args.scratch) as temporary:
         temporary = Path(temporary)
         drawn = [
@@ -263,26 +222,52 @@ def read(args):
         start = time.perf_counter()
         mapped = open_planes(data, "tubulin", temporary / "cache", progress=False)
         once = time.perf_counter() - start
-        random, pick = np.random.default_rng(0), np.random.default_rng(1)
+        pick = np.random.default_rng(1)
+
+        def plain(pairs, once=False):
+            return [
+                plain_item((paths[a], paths[b]), specs, keyed_generator(0, CROP_STREAM, step, slot), once)
+                for step, slot, a, b in pairs
+            ]
+
+        def cut(pairs):
+            return collator([(pair, mapped[pair.anchor], mapped[pair.partner]) for pair in pairs])
+
+        def cut_and_resize(pairs):
+            parts = cut(pairs)
+            return [
+                resize_windows(parts[part]["windows"], parts[part]["sizes"], parts[part]["flips"], spec.size, 10000.0)
+                for part, spec in zip(("global", "local"), specs, strict=True)
+            ]
+
         ways = {
-            "plain: whole image for each crop": lambda a, b: plain_item((paths[a], paths[b]), specs, random),
-            "plain: whole image once a file": lambda a, b: whole_once_item((paths[a], paths[b]), specs, random),
-            "PNG through datasets, decoding only": lambda a, b: [np.asarray(data[i]["tubulin"]) for i in (a, b)],
-            "memory map: cut ten windows": lambda a, b: cut_item(mapped, (a, b), specs, random),
-            "memory map: cut, resize, flip": lambda a, b: cut_and_resize_item(mapped, (a, b), specs, random),
+            "plain: whole image for each crop": plain,
+            "plain: whole image once a file": lambda pairs: plain(pairs, once=True),
+            "PNG through datasets, decoding only": lambda pairs: [
+                np.asarray(data[i]["tubulin"]) for pair in pairs for i in pair[2:]
+            ],
+            "memory map: cut ten windows": cut,
+            "memory map: cut, resize, flip": cut_and_resize,
         }
         times = {name: [] for name in ways}
-        for _ in tqdm(range(args.repeats), desc="items"):
+        for step in tqdm(range(args.repeats), desc="batches"):
+            pairs = [Pair(step, slot, *map(int, pick.integers(0, count, 2))) for slot in range(args.items)]
             for name, way in ways.items():
-                a, b = pick.integers(0, count, 2)
                 start = time.process_time()
-                way(a, b)
-                times[name].append(time.process_time() - start)
+                made = way(pairs)
+                times[name].append((time.process_time() - start) / len(pairs))
+                if way is plain:
+                    expected = made
+        ours = [crop for views in made for crop in views.view(-1, len(pairs), *views.shape[1:])]  # the last way's
+        differences = [
+            float((crops[i][0] - ours[i][item]).abs().max()) for item, crops in enumerate(expected) for i in range(10)
+        ]
         print(f"cache of {count} planes written in {once:.2f} s ({count / once:.0f} planes/s), once")
         reference = statistics.median(times["plain: whole image for each crop"])
         for name, values in times.items():
             middle = statistics.median(values)
             print(f"{name:40s} {1e3 * middle:7.2f} ms an item, {reference / middle:6.1f} x")
+        print(f"crops differ from the plain ones by {max(differences):.1e} at most")
 
 
 def main(argv=None):
@@ -295,7 +280,8 @@ def main(argv=None):
     command.set_defaults(run=build)
     other = commands.add_parser("read")
     other.add_argument("--fields", type=int, default=200)
-    other.add_argument("--repeats", type=int, default=200)
+    other.add_argument("--items", type=int, default=16, help="a batch (the paper's: 16)")
+    other.add_argument("--repeats", type=int, default=30, help="batches")
     other.set_defaults(run=read)
     for each in (command, other):
         each.add_argument("--scratch", help="folder for temporary files")

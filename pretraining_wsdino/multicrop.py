@@ -51,8 +51,8 @@ def draw_boxes(random: np.random.Generator, spec: CropSpec, shape: tuple[int, in
 
 def cut_window(plane: np.ndarray, box: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """Copy of the box's pixels from `plane (height, width)`, into the upper left of `out` where given."""
-    top, left, height, width = (int(value) for value in box[:4])
-    window = plane[top : top + height, left : left + width]
+    top, left, height, width = box[:4].tolist()
+    window = np.asarray(plane)[top : top + height, left : left + width]  # a memory map's own slicing is slow
     if out is None:
         return window.copy()
     out[:height, :width] = window
