@@ -286,6 +286,7 @@ class ChannelRun:
             constraint=a.pair_constraint,
             unlabelled=a.unlabelled,
             eligible=self._eligible(dataset),
+            anchor_group=a.anchor_group,
             seed=a.seed,
         )
         self.global_batch = a.batch_size * a.gradient_accumulation_steps * self.accelerator.num_processes

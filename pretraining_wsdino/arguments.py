@@ -101,6 +101,10 @@ class TrainingArguments:
     pair_constraint: str = setting(
         "image", "A partner differs, where the label allows, in: none, image, well, plate or batch."
     )
+    anchor_group: str = setting(
+        "none",
+        "All anchors of a step from one plate or batch, so that batch effects tell no two of them apart; or none.",
+    )
     exclude_compounds: list[str] = setting([], "Compounds held out of training, such as one for leave-one-out.")
     output_dir: str = setting("runs/paper", "Run folder.")
     resume: bool = setting(
@@ -270,6 +274,8 @@ def check_arguments(arguments: TrainingArguments, patch_size: int) -> None:
         raise TrainingError(f"--unlabelled is {a.unlabelled!r}: use drop or self.")
     if a.pair_constraint not in CONSTRAINTS:
         raise TrainingError(f"--pair_constraint is {a.pair_constraint!r}: use one of {', '.join(CONSTRAINTS)}.")
+    if a.anchor_group not in ("none", "plate", "batch"):
+        raise TrainingError(f"--anchor_group is {a.anchor_group!r}: use none, plate or batch.")
     if not a.channels or len(set(a.channels)) != len(a.channels):
         raise TrainingError(f"--channels is {' '.join(a.channels)!r}: name each image column once.")
 

@@ -37,6 +37,16 @@ class Pair(NamedTuple):
     partner: int
 
 
+class Stratum(NamedTuple):
+    """What the anchors of one step may be drawn from."""
+
+    order: np.ndarray  # labelled images, sorted by label
+    starts: np.ndarray  # where each label begins in `order`
+    counts: np.ndarray  # how many it has there
+    unlabelled: np.ndarray  # rows that train as their own partner
+    unlabelled_share: float
+
+
 class WeakLabelPairSampler:
     """Label-balanced anchors and same-label partners for any step of a run, without state.
 
@@ -53,6 +63,10 @@ class WeakLabelPairSampler:
         unlabelled: "drop" leaves images without a label out; "self" lets each train as its own partner, drawn as often
             as an image is on average, so that a partly labelled screen trains whole (the paper's section 5).
         eligible: whether each image may be drawn at all; the others are held out, whatever their label.
+        anchor_group: "plate" or "batch": all anchors of a step come from one of them, drawn by its number of images,
+            with the labels it has drawn equally often. Targets that must differ within a step then cannot do so by
+            what plates or batches differ in, which nearly every compound's images share as well (37 of BBBC021's 38
+            compounds live in one week). "none" (the paper): from all images.
         seed: of the whole run.
 
     Raises:
@@ -68,6 +82,7 @@ class WeakLabelPairSampler:
         constraint: str = "image",
         unlabelled: str = "drop",
         eligible: Sequence[bool] | None = None,
+        anchor_group: str = "none",
         seed: int = 0,
     ):
         if constraint not in CONSTRAINTS:
@@ -82,12 +97,11 @@ class WeakLabelPairSampler:
         rows = np.arange(self.num_images) if eligible is None else np.flatnonzero(eligible)
         if not len(rows):
             raise TrainingError("Every image is held out of training: exclude fewer compounds.")
-        if labels is None:
-            label_of = np.full(self.num_images, -1)
-        else:
-            names = np.array(["" if name is None or name != name else str(name) for name in labels], dtype=object)
-            known, codes = np.unique(names.astype(str), return_inverse=True)
-            label_of = np.where(known[codes] == "", -1, codes)
+        labels_given = labels if labels is not None else [None] * self.num_images
+        names = ["" if name is None or name != name else str(name) for name in labels_given]
+        known, codes = np.unique(np.array(names), return_inverse=True)
+        label_of = np.where(known[codes] == "", -1, codes)
+        if labels is not None:
             if unlabelled == "drop":
                 rows = rows[label_of[rows] >= 0]
             if not (label_of[rows] >= 0).any():
@@ -95,29 +109,46 @@ class WeakLabelPairSampler:
                     "--weak_label names a column without values: every row of it is empty; choose another column."
                 )
         self.rows = rows
-        self.labelled, self.unlabelled_rows = rows[label_of[rows] >= 0], rows[label_of[rows] < 0]
-        present, self.code, self.label_counts = np.unique(
-            label_of[self.labelled], return_inverse=True, return_counts=True
-        )
-        self.num_labels = len(present)
+        self.labelled, unlabelled_rows = rows[label_of[rows] >= 0], rows[label_of[rows] < 0]
+        _, self.code, self.label_counts = np.unique(label_of[self.labelled], return_inverse=True, return_counts=True)
         self.starts = np.cumsum(self.label_counts) - self.label_counts
         # From the constraint asked for to the loosest: ("plate", "well", "image") for "plate", () for "none".
         self.chain = tuple(reversed(CONSTRAINTS[1 : CONSTRAINTS.index(constraint) + 1]))
-        self.levels = [self._runs(self._groups(level, groups or {})) for level in self.chain or ("image",)]
+        flag = f"--pair_constraint {constraint}"
+        self.levels = [
+            self._runs(
+                np.arange(len(self.labelled))
+                if level == "image"
+                else self._groups(level, groups or {}, flag)[self.labelled]
+            )
+            for level in (self.chain or ("image",) if len(self.labelled) else ())
+        ]
+        group = np.zeros(self.num_images, dtype=np.int64)
+        if anchor_group != "none":
+            group = self._groups(anchor_group, groups or {}, f"--anchor_group {anchor_group}")
+        present, sizes = np.unique(group[rows], return_counts=True)
+        self.strata = [
+            self._stratum(np.flatnonzero(group[self.labelled] == one), unlabelled_rows[group[unlabelled_rows] == one])
+            for one in present
+        ]
+        self.stratum_ends = np.cumsum(sizes) / sizes.sum()
 
-    def _groups(self, level: str, groups: dict[str, Sequence]) -> np.ndarray:
-        """Integer group of every labelled row at one level of constraint."""
-        if level == "image":
-            return np.arange(len(self.labelled))
+    def _groups(self, level: str, groups: dict[str, Sequence], flag: str) -> np.ndarray:
+        """Integer group of every image at one level."""
         if level not in groups:
             raise TrainingError(
-                f"--pair_constraint {self.constraint} needs the column {level!r}, which the dataset lacks: "
-                "add it or choose another constraint."
+                f"{flag} needs the column {level!r}, which the dataset lacks: add it or choose another value."
             )
         values = np.asarray(groups[level], dtype=object).astype(str)
         if len(values) != self.num_images:
             raise TrainingError(f"The column {level!r} has {len(values)} values for {self.num_images} images.")
-        return np.unique(values[self.labelled], return_inverse=True)[1]
+        return np.unique(values, return_inverse=True)[1]
+
+    def _stratum(self, labelled: np.ndarray, unlabelled: np.ndarray) -> Stratum:
+        """What anchors are drawn from: `labelled` are indices into the labelled rows, `unlabelled` row numbers."""
+        order = labelled[np.argsort(self.code[labelled], kind="stable")]
+        _, starts, counts = np.unique(self.code[order], return_index=True, return_counts=True)
+        return Stratum(order, starts, counts, unlabelled, len(unlabelled) / (len(labelled) + len(unlabelled)))
 
     def _runs(self, group: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The labelled rows ordered by (label, group), and for each row the [first, last) of its group's run there.
@@ -142,23 +173,34 @@ class WeakLabelPairSampler:
         """
         random = keyed_generator(self.seed, PAIR_STREAM, step)
         u = random.random((4, size))
-        if self.num_labels == 0:  # no weak labels: DINO
-            anchors = self.rows[(u[1] * len(self.rows)).astype(np.int64)]
-            return anchors, anchors.copy(), {}
+        stratum = self.strata[np.searchsorted(self.stratum_ends, random.random(), side="right")]
+        anchors = np.full(size, -1, dtype=np.int64)
+        partners, fallbacks = anchors.copy(), {}
+        if len(stratum.order):
+            label = (u[0] * len(stratum.counts)).astype(np.int64)
+            within = (u[1] * stratum.counts[label]).astype(np.int64)
+            anchor = stratum.order[stratum.starts[label] + within]
+            partner, fallbacks = self._partners(anchor, u[2])
+            anchors, partners = self.labelled[anchor], self.labelled[partner]
+        if len(stratum.unlabelled):
+            plain = u[3] < stratum.unlabelled_share
+            own = stratum.unlabelled[(u[1] * len(stratum.unlabelled)).astype(np.int64)]
+            anchors, partners = np.where(plain, own, anchors), np.where(plain, own, partners)
+        return anchors, partners, fallbacks
 
-        label = (u[0] * self.num_labels).astype(np.int64)
-        within = (u[1] * self.label_counts[label]).astype(np.int64)
-        order, _, _ = self.levels[0]
-        anchor = order[self.starts[label] + within]  # index into self.labelled
-        partner = np.full(size, -1, dtype=np.int64)
+    def _partners(self, anchor: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
+        """A partner for each anchor, both as indices into the labelled rows, and the counted fallbacks."""
+        label = self.code[anchor]
+        partner = np.full(len(anchor), -1, dtype=np.int64)
         fallbacks: dict[str, int] = {}
         if not self.chain:  # any image of the label, the anchor included
-            partner = order[self.starts[label] + (u[2] * self.label_counts[label]).astype(np.int64)]
+            order, _, _ = self.levels[0]
+            partner = order[self.starts[label] + (u * self.label_counts[label]).astype(np.int64)]
         for depth, (level, (order, first, last)) in enumerate(zip(self.chain, self.levels, strict=False)):
             first_of, last_of, start = first[anchor], last[anchor], self.starts[label]
             candidates = self.label_counts[label] - (last_of - first_of)
             todo = (partner < 0) & (candidates > 0)
-            offset = start + (u[2] * candidates).astype(np.int64)
+            offset = start + (u * candidates).astype(np.int64)
             offset = np.where(offset >= first_of, offset + (last_of - first_of), offset)
             partner[todo] = order[offset[todo]]
             if depth:
@@ -167,13 +209,7 @@ class WeakLabelPairSampler:
         partner[alone] = anchor[alone]
         if self.chain:
             fallbacks["self"] = int(alone.sum())
-        anchors, partners = self.labelled[anchor], self.labelled[partner]
-
-        if len(self.unlabelled_rows):
-            plain = u[3] < len(self.unlabelled_rows) / len(self.rows)
-            own = self.unlabelled_rows[(u[1] * len(self.unlabelled_rows)).astype(np.int64)]
-            anchors, partners = np.where(plain, own, anchors), np.where(plain, own, partners)
-        return anchors, partners, fallbacks
+        return partner, fallbacks
 
 
 class PairBatchSampler(Sampler):

@@ -120,6 +120,44 @@ def test_unlabelled_images_are_dropped_or_pair_with_themselves():
     assert (anchors[~mine] != partners[~mine]).all()
 
 
+@pytest.mark.parametrize("group", ["batch", "plate"])
+def test_anchors_of_a_step_come_from_one_group_with_its_labels_balanced(screen, group):
+    labels, groups = screen
+    sampler = WeakLabelPairSampler(labels, groups=groups, constraint="plate", anchor_group=group, seed=4)
+    of_image, labels = np.array(groups[group]), np.array(labels)
+    chosen, by_label = [], {}
+    for step in range(1500):
+        anchors, partners, _ = sampler.draw(step, 12)
+        (name,) = set(of_image[anchors])
+        chosen.append(name)
+        by_label.setdefault(name, []).extend(labels[anchors])
+        assert (labels[partners] == labels[anchors]).all()  # partners may come from anywhere
+    names, counts = np.unique(chosen, return_counts=True)
+    sizes = np.array([(of_image == name).sum() for name in names])
+    assert set(names) == set(of_image)
+    assert chisquare(counts, sizes / sizes.sum() * len(chosen)).pvalue > SIGNIFICANCE
+    for name in names:
+        inside, counts = np.unique(by_label[name], return_counts=True)
+        assert set(inside) == set(labels[of_image == name])
+        assert len(counts) == 1 or chisquare(counts).pvalue > SIGNIFICANCE
+
+
+def test_grouped_anchors_work_without_labels_and_with_few():
+    groups = {"plate": ["A"] * 6 + ["B"] * 4}
+    plain = WeakLabelPairSampler(None, num_images=10, groups=groups, anchor_group="plate")
+    few = WeakLabelPairSampler(["x", "x"] + [""] * 8, groups=groups, anchor_group="plate", unlabelled="self")
+    for sampler in (plain, few):
+        seen = set()
+        for step in range(200):
+            anchors, partners, _ = sampler.draw(step, 8)
+            assert len({i < 6 for i in anchors}) == 1
+            labelled = (anchors < 2) if sampler is few else np.zeros(8, bool)
+            assert (partners[~labelled] == anchors[~labelled]).all()
+            assert (partners[labelled] == 1 - anchors[labelled]).all()
+            seen |= set(anchors.tolist())
+        assert seen == set(range(10))
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -129,6 +167,7 @@ def test_unlabelled_images_are_dropped_or_pair_with_themselves():
         ({"labels": ["a"], "constraint": "plate"}, "'plate'"),
         ({"labels": ["a", "b"], "constraint": "well", "groups": {"well": ["x"]}}, "1 values for 2"),
         ({"labels": ["a"], "unlabelled": "keep"}, "--unlabelled"),
+        ({"labels": ["a"], "anchor_group": "plate"}, "--anchor_group plate needs the column 'plate'"),
     ],
 )
 def test_bad_input_is_refused_in_a_sentence(arguments, sentence):
