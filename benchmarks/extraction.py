@@ -2,24 +2,32 @@
 
     python benchmarks/extraction.py --threads 2
     python benchmarks/extraction.py --device cuda --dtype bfloat16 --fields 256 --batch_size 32
+    python benchmarks/extraction.py --memory --fields 20000       # does wsdino-extract's memory grow with the screen?
 
 The plain way is what a first script does: one field at a time, its four tiles one after the other, replicated to RGB,
 through transformers' `ViTModel` with eager attention, CLS token, median. The pipeline batches tiles of several fields,
 takes one channel, uses fused attention and computes of the last block the CLS token alone. Both run in one process,
 turn about, on the same random fields with the same weights; printed are the medians of the rounds, the spread of their
 ratios, the largest difference of a feature, and the share of the machine's own matrix-product rate that each reaches.
+
+With `--memory` wsdino-extract runs as a process of its own over as many small random fields, and what it holds is read
+from Linux's /proc after every tenth of them: its own memory, mapped pages of files, and the most it ever held.
 """
 
 import argparse
 import json
 import platform
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
 from tqdm.auto import tqdm
 from transformers import ViTConfig, ViTModel
 
@@ -30,6 +38,7 @@ from modeling_wsdino import (  # noqa: E402
     WSDinoFeatureExtractionPipeline,
     WSDinoImageProcessor,
     WSDinoModel,
+    build_repository,
 )
 
 PATCH = 8
@@ -107,6 +116,49 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
+MEASURED = """
+import json, sys
+from pathlib import Path
+import extract_profiles
+from evaluation_wsdino.shards import ProfileFile
+
+write = ProfileFile.write_shard
+
+def measured(self, channel, first, features):
+    write(self, channel, first, features)
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    own, mapped, most = (round(int(lines[kind].split()[0]) / 1024) for kind in ("RssAnon", "RssFile", "VmHWM"))
+    print(json.dumps({"fields": first + len(features), "own_mib": own, "mapped_mib": mapped, "most_mib": most}))
+
+ProfileFile.write_shard = measured
+extract_profiles.main(sys.argv[1:])
+"""
+
+
+def measure_memory(fields: int, batch_size: int) -> list[dict]:
+    """What wsdino-extract holds after every tenth of `fields` random fields of 64 x 80 pixels, by a tiny ViT."""
+    rng = np.random.default_rng(0)
+
+    def rows():
+        for number in tqdm(range(fields), desc="Writing a screen", unit="field"):
+            yield {"dna": rng.integers(0, 12_000, (64, 80)).astype(np.uint16), "plate": f"plate {number // 240}"}
+
+    with tempfile.TemporaryDirectory() as folder:
+        screen, model = Path(folder, "screen"), Path(folder, "model")
+        screen.mkdir()
+        features = Features({"dna": ImageFeature(), "plate": Value("string")})
+        dataset = Dataset.from_generator(rows, features=features, cache_dir=f"{folder}/cache")
+        dataset.to_parquet(screen / "train.parquet")
+        config = WSDinoConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32)
+        config.channel_names = ["dna"]
+        build_repository(model, WSDinoModel(config), WSDinoImageProcessor(tile_size=32))
+        words = ["--model", model, "--dataset", screen, "--parts", "default", "--output", f"{folder}/profiles.parquet"]
+        words += ["--batch_size", batch_size, "--shard_fields", max(1, fields // 10)]
+        command = [sys.executable, "-c", MEASURED, *map(str, words)]
+        done = subprocess.run(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -119,8 +171,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"), help="pipeline's")
     parser.add_argument("--compile", action="store_true", help="compile the pipeline's model")
     parser.add_argument("--tf32", action="store_true", help="allow TF32 matrix products, for both ways")
+    parser.add_argument("--memory", action="store_true", help="measure what wsdino-extract holds, and nothing else")
     parser.add_argument("--output", type=Path, help="also write the figures as JSON")
     arguments = parser.parse_args(argv)
+    if arguments.memory:
+        measured = measure_memory(arguments.fields, arguments.batch_size)
+        for line in measured:
+            print(json.dumps(line))
+        if arguments.output:
+            arguments.output.write_text(json.dumps(measured, indent=1) + "\n")
+        return
     torch.set_num_threads(arguments.threads)
     torch.set_float32_matmul_precision("high" if arguments.tf32 else "highest")
     device, dtype = arguments.device, getattr(torch, arguments.dtype)
