@@ -5,7 +5,8 @@
     python benchmarks/simulated_table.py --folder runs/table --report        # only read what is there
 
 Every cell (condition x seed) is one run folder made by the same commands a user would type: train, extract, evaluate.
-A cell that has its results.json is done, an interrupted one resumes from its last checkpoint. All conditions train for
+A cell that has its results.json is done, an interrupted one resumes from its last checkpoint, and the command may run
+several times at once on one folder, each taking what the others have not. All conditions train for
 the same number of optimiser steps (but `twice_the_steps`), are evaluated at the last step, and differ from `compound`
 in the flags below alone. The table reads nothing but results.json files.
 """
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 from datasets import load_dataset
+from filelock import FileLock, Timeout
 from scipy.stats import t as student_t
 from tqdm.auto import tqdm
 
@@ -29,7 +31,8 @@ sys.path.insert(0, str(ROOT))
 from dataset_scripts import build_dataset, simulate_screen  # noqa: E402
 from evaluation_wsdino.evaluate_profiles import compare_sets  # noqa: E402
 
-# As the real map: 60 treatments of 30 compounds, 10 mechanisms (two in a single batch), 6 batches of 3 plates.
+# As the real map: 60 treatments of 30 compounds, 10 mechanisms (two in a single batch), 6 batches of 3 plates. Batch,
+# plate, well and compound effects are the simulator's defaults.
 SCREEN = {
     "size": "demo",
     "mechanisms": (
@@ -45,13 +48,16 @@ SCREEN = {
     "batches": 6,
 }
 SIZES = {
-    # What is simulated, and the flags of every run.
-    "small": ({}, ["--preset", "demo", "--epochs", "12"]),
+    # What is simulated, and the flags of every run. The small fields are the real ones at 1 / 3.2 of their resolution
+    # (160 x 200 pixels once halved, for 512 x 640): as many cells a field, a crop and a tile.
+    "small": ({"scale": 1 / 3.2}, ["--preset", "demo", "--epochs", "12"]),
     "gpu": (
         {"image_size": (1024, 1280), "doses": 3},
         ["--preset", "scratch", "--mixed_precision", "bf16", "--epochs", "100", "--warmup_epochs", "5"],
     ),
 }
+# In every row the anchors of a step come from one plate, and partners from another plate where the label has one.
+COMMON = ["--anchor_group", "plate", "--pair_constraint", "plate"]
 MAIN = {
     "dino": ["--weak_label", "none"],
     "treatment": ["--weak_label", "treatment"],
@@ -62,9 +68,11 @@ MAIN = {
 CONTROLS = {
     "shuffled": ["--weak_label", "shuffled"],  # compound labels dealt to the wrong fields: no gain expected
     "any_image": ["--pair_constraint", "none"],  # partner may be the anchor, as in the released code's 4 %
+    "other_image": ["--pair_constraint", "image"],
     "other_well": ["--pair_constraint", "well"],
-    "other_plate": ["--pair_constraint", "plate"],
     "other_batch": ["--pair_constraint", "batch"],
+    "mixed_plates_dino": ["--weak_label", "none", "--anchor_group", "none"],  # anchors of all plates in every step
+    "mixed_plates": ["--anchor_group", "none"],
     "twice_the_steps": [],
     "clean_dino": ["--weak_label", "none"],  # a screen without batch, plate and well effects
     "clean_compound": [],
@@ -72,10 +80,13 @@ CONTROLS = {
 
 
 def make_screen(folder: Path, design: dict, seed: int, **changes) -> Path:
-    """The built screen, with a column `shuffled`; made once."""
+    """The built screen, with a column `shuffled`; made once, by one process."""
     whole = folder.with_name(folder.name + "_as_built")
-    if not (folder / "README.md").exists():
-        raw = folder.with_name(folder.name + "_raw")
+    raw = folder.with_name(folder.name + "_raw")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(folder.name + ".lock")):
+        if (folder / "README.md").exists():
+            return folder
         simulate_screen(raw, seed=seed, **SCREEN, **design, **changes)
         build_dataset(raw, whole)
         configurations = []
@@ -92,7 +103,16 @@ def make_screen(folder: Path, design: dict, seed: int, **changes) -> Path:
 
 
 def run_cell(run: Path, screen: Path, flags: list[str], seed: int) -> None:
-    """Train, extract and evaluate one cell, as far as it is not done."""
+    """Train, extract and evaluate one cell, as far as it is not done; one that another process runs is left to it."""
+    run.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(f"{run}.lock", timeout=0):
+            _run_cell(run, screen, flags, seed)
+    except Timeout:
+        print(f"{run} is being run by another process.")
+
+
+def _run_cell(run: Path, screen: Path, flags: list[str], seed: int) -> None:
     if (run / "results.json").exists():
         return
     train = [ROOT / "train_accelerate.py", "--resume", "--output_dir", run, "--dataset", screen, "--seed", seed]
@@ -202,7 +222,7 @@ def main(argv: list[str] | None = None) -> None:
                 arguments.screen_seed,
                 nuisance=0.0 if clean else arguments.nuisance,
             )
-            own = flags + arguments.flags + {**MAIN, **CONTROLS}[condition]
+            own = flags + COMMON + arguments.flags + {**MAIN, **CONTROLS}[condition]
             if condition == "twice_the_steps":
                 place = len(own) - own[::-1].index("--epochs")
                 own[place] = str(2 * int(own[place]))
