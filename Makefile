@@ -1,6 +1,7 @@
 # Works on a machine with Python >= 3.10, pip and make; safe to repeat, sets up once.
 #   make demo    the whole way on simulated images -> runs/demo/report.html, runs/demo/results.json
 #   make test    every test     make test-fast    without the slow ones     make lint    style
+#   make test-oldest    the fast tests with the oldest versions that setup.cfg promises, in an environment of their own
 #
 # torch is pinned for development; another build, such as a CUDA or CPU wheel index, is one variable away:
 #   make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
@@ -12,7 +13,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 LAUNCH := $(BIN)/accelerate launch --quiet --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: setup demo test test-fast lint clean-demo
+.PHONY: setup demo test test-fast test-oldest lint clean-demo
 
 setup: $(READY)
 
@@ -45,6 +46,24 @@ test: $(READY)
 
 test-fast: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+OLDEST := .venv-oldest
+OLDEST_PIP := $(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --cache-dir $(OLDEST)/.pip-cache
+
+$(OLDEST)/.ready: setup.cfg tests/oldest_requirements.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+		|| { echo "Python 3.10 or newer is needed; name one with 'make PYTHON=python3.11 ...'."; exit 2; }
+	@echo "Setting up $(OLDEST) with the oldest versions that setup.cfg promises (some minutes, once) ..."
+	@test -x $(OLDEST)/bin/pip || $(PYTHON) -m venv $(OLDEST) \
+		|| { $(PYTHON) -m pip install --quiet --user virtualenv && $(PYTHON) -m virtualenv --quiet $(OLDEST); }
+	@$(PYTHON) tests/oldest_requirements.py > $(OLDEST)/oldest.txt
+	@$(OLDEST_PIP) $(TORCH)
+	@$(OLDEST_PIP) --requirement $(OLDEST)/oldest.txt
+	@$(OLDEST_PIP) --no-deps --editable .
+	@touch $@
+
+test-oldest: $(OLDEST)/.ready
+	@OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 --dist loadfile -m "not slow" -p no:cacheprovider
 
 lint: $(READY)
 	@$(BIN)/ruff check .

@@ -18,6 +18,9 @@ from transformers import BaseImageProcessor, BatchFeature
 # Modes of Pillow images with a single intensity a pixel. A colour image is a rendering, not a measurement.
 GRAY_MODES = ("L", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 TILE_LAYOUTS = ("paper", "full", "original_code")
+# Of all pages of a file together; three channels of a field of 1280x1024 are four million. A header that claims more
+# is refused before anything of its size is allocated.
+MAX_PIXELS = 100_000_000
 # The crops of the authors' released evaluation script, (top, left, height, width) of a 512x640 field: two of them are
 # wider than the square the paper describes.
 ORIGINAL_CODE_CROPS = ((32, 64, 224, 256), (32, 320, 224, 224), (256, 64, 224, 256), (256, 320, 224, 224))
@@ -212,10 +215,13 @@ def _read_field(image: Any, channel_names: list[str]) -> tuple[np.ndarray, str]:
         if not Path(image).is_file():
             raise FileNotFoundError(f"{name} is not a file: give the path of a PNG or TIFF image.")
         try:
-            with Image.open(image) as opened:
-                image = _read_pillow(opened, name)
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            opened = Image.open(image)
+        except Image.DecompressionBombError as error:
+            raise ValueError(f"{name} has more than {MAX_PIXELS:,} pixels: cut it into fields.") from error
+        except Exception as error:  # Pillow's readers let errors of their own parsing through
             raise ValueError(f"{name} cannot be read as an image ({error}): copy the file again.") from error
+        with opened:
+            image = _read_pillow(opened, name)
     elif isinstance(image, Image.Image):
         image = _read_pillow(image, name)
     elif isinstance(image, torch.Tensor):
@@ -240,11 +246,21 @@ def _read_pillow(image: Image.Image, name: str) -> np.ndarray:
         raise ValueError(
             f"{name} is a {image.mode} picture, not measured intensities: give one 16-bit gray image a channel."
         )
-    pages = []
-    for page in range(getattr(image, "n_frames", 1)):
-        if page:
-            image.seek(page)
-        pages.append(np.asarray(image))
+    pages, pixels = [], 0
+    try:
+        for page in range(getattr(image, "n_frames", 1)):
+            if page:
+                image.seek(page)
+            pixels += image.width * image.height
+            if pixels > MAX_PIXELS:
+                break
+            pages.append(np.asarray(image))
+    except Exception as error:  # as above
+        raise ValueError(f"{name} cannot be read as an image ({error}): copy the file again.") from error
+    if pixels > MAX_PIXELS:
+        raise ValueError(f"{name} has more than {MAX_PIXELS:,} pixels: cut it into fields.")
+    if len({page.shape for page in pages}) > 1:
+        raise ValueError(f"{name} has pages of different sizes: give channels of one field.")
     return np.stack(pages) if len(pages) > 1 else pages[0]
 
 

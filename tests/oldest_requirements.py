@@ -8,11 +8,11 @@ import re
 from pathlib import Path
 
 SETUP = Path(__file__).parents[1] / "setup.cfg"
-TEST_TOOLS = ("pytest", "pytest-xdist", "hypothesis")
+TEST_TOOLS = ("pytest", "pytest-xdist", "hypothesis", "copairs")
 
 
 def oldest_requirements(path=SETUP):
-    """`name==lowest` for every requirement of the package and for the tools that run its tests."""
+    """`name==lowest` for every requirement of the package, and for what its tests need of the extras."""
     config = configparser.ConfigParser()
     config.read(path, encoding="utf-8")
     required = config["options"]["install_requires"].split()

@@ -229,6 +229,7 @@ def test_excluded_compounds_are_never_drawn(tiny_screen, tmp_path):
 
 
 def test_trackers_receive_the_metrics(tiny_screen, tmp_path):
+    pytest.importorskip("tensorboard", reason="an optional extra")
     train(tiny_screen, tmp_path, "--channels", "dna", "--epochs", "1", "--trackers", "tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -1,0 +1,1 @@
+"""What was measured, one file a question; a package, so that no installed one of this name takes its place."""
