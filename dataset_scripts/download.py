@@ -29,6 +29,11 @@ BBBC021_URL = "https://data.broadinstitute.org/bbbc/BBBC021/"
 TABLES = ("BBBC021_v1_image.csv", "BBBC021_v1_moa.csv", "BBBC021_v1_compound.csv")
 BLOCK = 1 << 20
 
+# What an archive may hold, unpacked. A plate of BBBC021 is 720 images of 2.6 MB, 1.9 GB, about twice its archive.
+MAX_IMAGE_BYTES = 2**28
+MAX_PLATE_BYTES = 2**35
+MAX_RATIO, RATIO_FROM = 20, 2**30  # times its archive, once it is larger than the second
+
 
 class _Gone(Exception):
     """The server answers, and has no such file."""
@@ -215,35 +220,59 @@ def archive_name(plate: str) -> str:
 
 
 def check_archive(path: Path) -> None:
-    """Raise `zipfile.BadZipFile` for a damaged archive (every member's CRC), `ScreenError` for unsafe paths in it."""
+    """Raise `zipfile.BadZipFile` for a damaged archive, `ScreenError` for one that it would be unsafe to unpack.
+
+    Damaged: a member's CRC is wrong. Unsafe: a path leads out of its folder, two images have one name, a member is
+    encrypted, or it is a decompression bomb: more than 256 MiB (`MAX_IMAGE_BYTES`) in one member, more than 32 GiB
+    (`MAX_PLATE_BYTES`) in all, or more than 1 GiB and 20 times the archive. The sizes are those that the archive
+    states; unpacking stops there. All this is known before anything is unpacked.
+    """
     with zipfile.ZipFile(path) as archive:
-        for member in archive.infolist():
-            _check_member(path, member.filename)
+        _safe_members(path, archive)
         if damaged := archive.testzip():
             raise zipfile.BadZipFile(f"{damaged} has a wrong CRC")
 
 
 def extract_archive(path: Path, folder: Path) -> None:
-    """Unpack the images of an archive into `folder`, flat: complete, or not at all."""
+    """Unpack the images of a safe archive (see :func:`check_archive`) into `folder`, flat: complete, or not at all."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)
     partial.mkdir(parents=True)
     with zipfile.ZipFile(path) as archive:
-        for member in archive.infolist():
-            name = _check_member(path, member.filename).name
-            if member.is_dir() or not name.lower().endswith((".tif", ".tiff", ".png")):
-                continue
+        for name, member in _safe_members(path, archive).items():
             with archive.open(member) as source, open(partial / name, "xb") as target:
                 shutil.copyfileobj(source, target, BLOCK)
     os.replace(partial, folder)
 
 
-def _check_member(path: Path, name: str) -> PurePosixPath:
-    inside = PurePosixPath(name.replace("\\", "/"))
-    if inside.is_absolute() or ".." in inside.parts or ":" in inside.parts[0]:
-        raise ScreenError(f"{path} holds the path {name!r}, which leads out of its folder: do not use this archive")
-    return inside
+def _safe_members(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """The images of an archive by the names they get."""
+    refused = "do not use this archive"
+    images: dict[str, zipfile.ZipInfo] = {}
+    for member in archive.infolist():
+        inside = PurePosixPath(member.filename.replace("\\", "/"))
+        if inside.is_absolute() or ".." in inside.parts or ":" in str(inside).split("/")[0]:
+            raise ScreenError(f"{path} holds the path {member.filename!r}, which leads out of its folder: {refused}")
+        if member.flag_bits & 1:
+            raise ScreenError(f"{path}: {member.filename!r} is encrypted: give archives without a password")
+        if member.file_size > MAX_IMAGE_BYTES:
+            raise ScreenError(
+                f"{path}: {member.filename!r} is {member.file_size:,} bytes unpacked, and {MAX_IMAGE_BYTES:,} is the "
+                f"most for one file: {refused}"
+            )
+        if member.is_dir() or not inside.name.lower().endswith((".tif", ".tiff", ".png")):
+            continue
+        if inside.name in images:
+            raise ScreenError(f"{path} holds two images named {inside.name!r}: {refused}")
+        images[inside.name] = member
+    total, size = sum(member.file_size for member in archive.infolist()), path.stat().st_size
+    most = min(MAX_PLATE_BYTES, max(RATIO_FROM, MAX_RATIO * size))
+    if total > most:
+        raise ScreenError(
+            f"{path}: {size:,} bytes unpack to {total:,}, and {most:,} is the most for its size: {refused}"
+        )
+    return images
 
 
 def _digest(path: Path) -> dict:

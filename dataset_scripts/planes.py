@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 from filelock import FileLock
-from PIL import Image
 from tqdm.auto import tqdm
 
+from .images import read_image
 from .screen import ScreenError
 
 
@@ -113,13 +113,10 @@ def _decoded(dataset, channel: str, progress: bool):
         value = encoded[i][channel]
         if value is None:
             raise ScreenError(f"row {i} has no {channel} image: filter the rows that lack it before training")
-        content = value["bytes"] if value["bytes"] is not None else Path(value["path"]).read_bytes()
-        with Image.open(io.BytesIO(content)) as image:
-            plane = np.asarray(image)
-        if plane.ndim != 2 or plane.dtype not in (np.uint8, np.uint16):
-            raise ScreenError(
-                f"row {i}: {channel} is {plane.dtype} of shape {plane.shape}, not one grey 8/16-bit plane"
-            )
+        source = io.BytesIO(value["bytes"]) if value["bytes"] is not None else value["path"]
+        plane, mode = read_image(source, f"row {i}: {channel} image")
+        if plane.dtype not in (np.uint8, np.uint16):
+            raise ScreenError(f"row {i}: {channel} image is of mode {mode}, not 8 or 16 bits: build the dataset so")
         yield plane
 
 

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from .illumination import correct_plane, illumination_levels
+from .images import read_image
 from .screen import ScreenError
 
 PREVIEW_SIDE = 160
@@ -118,18 +119,14 @@ def read_plane(path: Path, bits: int = 16, size: tuple[int, int] | None = None, 
     -------
     numpy.ndarray
         `(rows, columns)` uint16 or uint8.
+
+    Raises
+    ------
+    ScreenError
+        It cannot be read (see :func:`dataset_scripts.images.read_image`), or has another depth or size.
     """
     wanted = f"{path}{where}"
-    try:
-        with Image.open(path) as image:
-            mode = image.mode
-            plane = np.asarray(image)
-    except FileNotFoundError as error:
-        raise ScreenError(f"{wanted} is missing: fetch it, or pass --allow_missing") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
-        raise ScreenError(f"{wanted} is truncated or not an image ({error}): fetch it again") from error
-    if plane.ndim != 2 or mode == "P":
-        raise ScreenError(f"{wanted} is not one grey channel (mode {mode}): give one file a channel")
+    plane, mode = read_image(path, wanted)
     depth = 8 if plane.dtype == np.uint8 else 16 if plane.dtype == np.uint16 else 0
     if depth != bits:
         raise ScreenError(

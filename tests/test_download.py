@@ -199,6 +199,58 @@ def test_no_path_escapes(tmp_path, evil):
     assert not list(tmp_path.rglob("*.tif"))
 
 
+def archive_of(path, contents, **claimed):
+    """A zip whose directory claims something else of its first member than is true."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in contents.items():
+            archive.writestr(name, content)
+        for name, value in claimed.items():
+            setattr(archive.infolist()[0], name, value)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("contents", "claimed", "message"),
+    [
+        ({"p/a.tif": b"x"}, {"file_size": 2**28 + 1}, "'p/a.tif' is 268,435,457 bytes unpacked, and 268,435,456 is"),
+        ({"p/a.tif": b"x"}, {"flag_bits": 1}, "'p/a.tif' is encrypted"),
+        ({"p/a.tif": b"x", "q/a.tif": b"y"}, {}, "two images named 'a.tif'"),
+    ],
+)
+def test_unsafe_archives_are_refused_before_they_are_unpacked(tmp_path, monkeypatch, contents, claimed, message):
+    path = archive_of(tmp_path / "evil.zip", contents, **claimed)
+    monkeypatch.setattr(zipfile.ZipFile, "open", lambda *_: pytest.fail("unpacked"))
+    for attempt in (check_archive, lambda path: extract_archive(path, tmp_path / "out")):
+        with pytest.raises(ScreenError, match=message):
+            attempt(path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
+    """2 MB of black images in a few kB: below a GiB none of our business, beyond it too much."""
+    path = archive_of(tmp_path / "bomb.zip", {f"p/{i}.tif": bytes(200_000) for i in range(10)})
+    check_archive(path)
+    monkeypatch.setattr("dataset_scripts.download.RATIO_FROM", 1_000_000)
+    with pytest.raises(ScreenError, match="bytes unpack to 2,000,000, and 1,000,000 is the most"):
+        check_archive(path)
+    path = archive_of(
+        tmp_path / "real.zip", {f"p/{i}.tif": np.random.default_rng(i).bytes(200_000) for i in range(10)}
+    )
+    check_archive(path)
+    monkeypatch.setattr("dataset_scripts.download.MAX_PLATE_BYTES", 1_500_000)
+    with pytest.raises(ScreenError, match="unpack to 2,000,000, and 1,500,000 is the most"):
+        check_archive(path)
+
+
+def test_a_member_larger_than_it_says_is_cut_there(tmp_path):
+    path = archive_of(tmp_path / "liar.zip", {"p/a.tif": bytes(5_000_000)}, file_size=100)
+    with pytest.raises(zipfile.BadZipFile):
+        check_archive(path)
+    with pytest.raises(zipfile.BadZipFile):
+        extract_archive(path, tmp_path / "out")
+    assert sum(file.stat().st_size for file in tmp_path.rglob("*.tif")) <= 100
+
+
 def test_downloaded_build_equals_the_local_one(server, raw, tmp_path, capsys):
     build_dataset(raw, tmp_path / "local", source="BBBC021v1", progress=False)
     first = archive_name(plates_of(raw)[0])

@@ -114,6 +114,24 @@ def test_bad_rows_are_named(planes, tmp_path, change, message):
     assert not list(tmp_path.glob("*.npy"))
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"not an image", "row 1: tubulin image is truncated or not an image .*: fetch it again"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\1\0\0\0\1\0\0\x10\0\0\0\0\0\0\0\0", "row 1: tubulin image"),
+        (None, "row 1: tubulin image is missing"),
+    ],
+)
+def test_a_damaged_image_of_a_dataset_is_named(planes, tmp_path, content, message):
+    rows = [make(planes).cast_column("tubulin", datasets.Image(decode=False))[i]["tubulin"] for i in range(3)]
+    rows[1] = {"bytes": content, "path": None if content else str(tmp_path / "absent.png")}
+    dataset = datasets.Dataset.from_dict(
+        {"tubulin": rows}, features=datasets.Features({"tubulin": datasets.Image(decode=False)})
+    ).cast_column("tubulin", datasets.Image())
+    with pytest.raises(ScreenError, match=message):
+        open_planes(dataset, "tubulin", tmp_path / "cache", progress=False)
+
+
 def test_unknown_channel(planes, tmp_path):
     with pytest.raises(ScreenError, match="no channel 'actin': choose among tubulin"):
         open_planes(make(planes), "actin", tmp_path)

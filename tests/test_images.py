@@ -1,0 +1,104 @@
+"""Reading one image: whatever is wrong with a file ends as one sentence, and a bomb is never decoded."""
+
+import io
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dataset_scripts.images import MAX_PIXELS, read_image
+from dataset_scripts.screen import ScreenError
+
+PLANE = np.random.default_rng(0).integers(0, 65535, (20, 24)).astype(np.uint16)
+
+
+def encoded(kind, plane=PLANE, **options):
+    buffer = io.BytesIO()
+    Image.fromarray(plane).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def png_that_says(width, height, content=b""):
+    """A 16-bit PNG whose header claims a size."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(content, 9)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "PNG"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_pixels_and_depth_are_kept(tmp_path, kind, dtype):
+    plane = PLANE.astype(dtype)
+    (tmp_path / "a").write_bytes(encoded(kind, plane))
+    for source in (tmp_path / "a", io.BytesIO(encoded(kind, plane))):
+        found, _ = read_image(source, "a")
+        assert found.dtype == dtype and (found == plane).all()
+
+
+@pytest.mark.parametrize(("width", "height"), [(10_001, 10_000), (1, 100_000_001), (12_000, 12_000), (2**31 - 1,) * 2])
+def test_bombs_are_refused_by_their_header(monkeypatch, width, height):
+    """Pillow warns from 89 and refuses from 179 million pixels; here all above 100 million are refused, silently."""
+    monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
+    bomb = png_that_says(width, height)
+    assert width * height > MAX_PIXELS == 100_000_000
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ScreenError, match="row 3 has more than 100,000,000 pixels, the most that are read: cut"):
+            read_image(io.BytesIO(bomb), "row 3")
+
+
+def test_a_large_image_below_the_limit_is_read_without_a_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plane, _ = read_image(
+            io.BytesIO(encoded("PNG", np.zeros((9_200, 9_800), np.uint8), compress_level=1)), "large"
+        )
+    assert plane.shape == (9_200, 9_800)
+
+
+@pytest.mark.filterwarnings("ignore")  # of Pillow, about the tags
+@pytest.mark.parametrize(
+    ("kind", "options"), [("TIFF", {}), ("TIFF", {"compression": "tiff_deflate"}), ("PNG", {})], ids=str
+)
+def test_any_damage_is_one_sentence_or_an_image(kind, options, capfd):
+    """Bytes changed and cut at random: nothing but a ScreenError comes out."""
+    random, whole, refused = np.random.default_rng(1), encoded(kind, **options), 0
+    for trial in range(600):
+        content = bytearray(whole)
+        for place in random.integers(0, len(content), 3) if trial % 2 else random.integers(-250, 60, 3):
+            content[place] = random.integers(256)
+        if trial % 3 == 0:
+            content = content[: random.integers(0, len(content))]
+        try:
+            plane, _ = read_image(io.BytesIO(bytes(content)), "field 7")
+            assert plane.ndim == 2
+        except ScreenError as error:
+            refused += 1
+            assert str(error).startswith("field 7 ") and ": " in str(error)
+    assert refused > 100
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is truncated or not an image"),
+        (b"P5 1", "is truncated or not an image"),
+        (encoded("PNG")[:-100], "is truncated or not an image"),
+        (encoded("TIFF")[:-500], "is truncated or not an image"),
+        (encoded("PNG", np.zeros((4, 4, 3), np.uint8)), "is not one grey channel .mode RGB."),
+    ],
+)
+def test_faults_are_named(content, message):
+    with pytest.raises(ScreenError, match=f"well B02 {message}"):
+        read_image(io.BytesIO(content), "well B02")
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(ScreenError, match="b.tif is missing: fetch it again"):
+        read_image(tmp_path / "b.tif", f"{tmp_path / 'b.tif'}")
