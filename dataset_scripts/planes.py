@@ -2,7 +2,10 @@
 
 Decoding a PNG costs a few milliseconds a plane, every epoch and in every process; a memory map costs a page fault.
 The cache holds one `.npy` a channel, written once beside its name and renamed when complete, under a lock that dies
-with its process: two processes may start at once, and one may die while writing.
+with its process: two processes may start at once, and one may die while writing. Whoever writes a cache first removes
+those that nobody opened for 30 days, and what died half-written. A process that still maps one keeps its pages: on
+Linux and macOS a removed file lives as long as a map of it, on Windows a mapped file cannot be removed and is left.
+All of the folder may be deleted by hand at any time; it is made anew.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ import hashlib
 import io
 import json
 import os
+import re
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +24,8 @@ from tqdm.auto import tqdm
 
 from .images import read_image
 from .screen import ScreenError
+
+UNUSED_DAYS, HALF_WRITTEN_DAYS = 30, 1
 
 
 def fields_with(dataset, channels):
@@ -50,7 +57,7 @@ def open_planes(dataset, channel: str, cache_dir=None, progress: bool = True) ->
         Default: `wsdino_planes` in the datasets cache. The file's name holds the dataset's fingerprint, so another
         selection or version of the dataset gets another file.
     progress : bool
-        Show a progress bar while the cache is written.
+        Show a progress bar, and the cache's size, while it is written.
 
     Returns
     -------
@@ -60,7 +67,8 @@ def open_planes(dataset, channel: str, cache_dir=None, progress: bool = True) ->
     Raises
     ------
     ScreenError
-        No such channel, no rows, a field without this channel, or images of different sizes or depths.
+        No such channel, no rows, a field without this channel, images of different sizes or depths, or a cache that
+        cannot be written.
     """
     import datasets
 
@@ -78,7 +86,14 @@ def open_planes(dataset, channel: str, cache_dir=None, progress: bool = True) ->
         with FileLock(folder / f"{name}.lock"):
             planes = _open_checked(target, note, len(dataset))
             if planes is None:
-                _write(dataset, channel, target, note, progress)
+                _prune(folder)
+                try:
+                    _write(dataset, channel, target, note, progress)
+                except OSError as error:
+                    raise ScreenError(
+                        f"{target} cannot be written ({error.strerror}): free some space, or name another folder "
+                        "(HF_DATASETS_CACHE)"
+                    ) from error
                 planes = _open_checked(target, note, len(dataset))
     return planes
 
@@ -94,7 +109,25 @@ def _open_checked(target: Path, note: Path, count: int) -> np.ndarray | None:
         return None
     if len(planes) != count or _sample_digest(planes) != known.get("sample"):
         return None
+    try:
+        os.utime(note)  # used today
+    except OSError:  # a cache that others may only read
+        pass
     return planes
+
+
+def _prune(folder: Path) -> None:
+    """Remove caches that nobody opened for long, and what a writer that died left; nothing else."""
+    for path in folder.iterdir():
+        own = re.fullmatch(r"(\w+-\w+-\d+)(\.json|\.npy\.partial)", path.name)
+        try:
+            days = (time.time() - path.stat().st_mtime) / 86400
+            if own and days > (UNUSED_DAYS if own[2] == ".json" else HALF_WRITTEN_DAYS):
+                path.unlink()
+                if own[2] == ".json":  # its note: no process takes the planes for whole from now on
+                    (folder / f"{own[1]}.npy").unlink()
+        except OSError:  # another process was faster, or has it open on Windows
+            continue
 
 
 def _sample_digest(planes: np.ndarray) -> str:
@@ -109,7 +142,8 @@ def _decoded(dataset, channel: str, progress: bool):
     import datasets
 
     encoded = dataset.select_columns([channel]).with_format(None).cast_column(channel, datasets.Image(decode=False))
-    for i in tqdm(range(len(dataset)), desc=f"caching {channel}", unit="plane", disable=not progress, mininterval=0.5):
+    bar = tqdm(range(len(dataset)), desc=f"caching {channel}", unit="plane", disable=not progress, mininterval=0.5)
+    for i in bar:
         value = encoded[i][channel]
         if value is None:
             raise ScreenError(f"row {i} has no {channel} image: filter the rows that lack it before training")
@@ -117,22 +151,28 @@ def _decoded(dataset, channel: str, progress: bool):
         plane, mode = read_image(source, f"row {i}: {channel} image")
         if plane.dtype not in (np.uint8, np.uint16):
             raise ScreenError(f"row {i}: {channel} image is of mode {mode}, not 8 or 16 bits: build the dataset so")
+        if i == 0:
+            bar.set_description(f"caching {channel}, {len(dataset) * plane.nbytes / 1e9:.2f} GB")
         yield plane
 
 
 def _write(dataset, channel: str, target: Path, note: Path, progress: bool) -> None:
     partial = target.with_name(target.name + ".partial")
-    planes = None
-    for i, plane in enumerate(_decoded(dataset, channel, progress)):
-        if planes is None:
-            planes = np.lib.format.open_memmap(partial, "w+", plane.dtype, (len(dataset), *plane.shape))
-        if plane.shape != planes.shape[1:] or plane.dtype != planes.dtype:
-            raise ScreenError(
-                f"row {i}: {channel} is {plane.dtype} of shape {plane.shape} where row 0 is {planes.dtype} of shape "
-                f"{planes.shape[1:]}: all fields must have one size and depth"
-            )
-        planes[i] = plane
-    planes.flush()
+    first = None
+    # Written as a file and not through a map: a full disk is then an error, and not the end of the process (SIGBUS).
+    with open(partial, "wb") as file:
+        for i, plane in enumerate(_decoded(dataset, channel, progress)):
+            if first is None:
+                first = plane
+                header = {"descr": plane.dtype.str, "fortran_order": False, "shape": (len(dataset), *plane.shape)}
+                np.lib.format.write_array_header_1_0(file, header)
+            if plane.shape != first.shape or plane.dtype != first.dtype:
+                raise ScreenError(
+                    f"row {i}: {channel} is {plane.dtype} of shape {plane.shape} where row 0 is {first.dtype} of "
+                    f"shape {first.shape}: all fields must have one size and depth"
+                )
+            file.write(np.ascontiguousarray(plane))
+    planes = np.load(partial, mmap_mode="r")
     sample = _sample_digest(planes)
     del planes
     size = partial.stat().st_size

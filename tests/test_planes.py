@@ -4,6 +4,9 @@ import io
 import json
 import multiprocessing
 import os
+import signal
+import time
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -90,6 +93,69 @@ def test_two_processes_at_once(planes, tmp_path):
         sums = pool.map(_open_in_process, [(dataset, str(tmp_path))] * 4, chunksize=1)
     assert sums == [int(np.sum(planes, dtype=np.int64))] * 4
     assert len(list(tmp_path.glob("*.npy"))) == 1 and not list(tmp_path.glob("*.partial"))
+
+
+def _age(path, days):
+    before = time.time() - days * 86400
+    os.utime(path, (before, before))
+
+
+def _hold_while_removed(folder, dataset, opened, removed, sums):
+    """Maps the planes, has them removed meanwhile, and reads every pixel afterwards."""
+    found = open_planes(dataset, "tubulin", folder, progress=False)
+    for note in Path(folder).glob("*.json"):
+        _age(note, 31)
+    opened.set()
+    assert removed.wait(60)
+    sums.put(int(found.astype(np.int64).sum()))
+
+
+def test_caches_that_nobody_opens_are_removed_but_keep_their_pages_while_mapped(planes, tmp_path):
+    dataset, other = make(planes), make([plane[::-1] for plane in planes])
+    context = multiprocessing.get_context("spawn")
+    opened, removed, sums = context.Event(), context.Event(), context.Queue()
+    process = context.Process(target=_hold_while_removed, args=(str(tmp_path), dataset, opened, removed, sums))
+    process.start()
+    assert opened.wait(60)
+    (old,) = tmp_path.glob("*.npy")
+    open_planes(other, "tubulin", tmp_path, progress=False)
+    assert not old.exists() and len(list(tmp_path.glob("*.npy"))) == len(list(tmp_path.glob("*.json"))) == 1
+    removed.set()
+    assert sums.get(timeout=60) == int(np.sum(planes, dtype=np.int64))
+    process.join()
+    assert process.exitcode == 0
+
+
+def test_what_is_used_what_is_written_and_what_is_another_s_is_kept(planes, tmp_path):
+    used, new = make(planes), make([plane[::-1] for plane in planes])
+    open_planes(used, "tubulin", tmp_path, progress=False)
+    (note,), (file,) = tmp_path.glob("*.json"), tmp_path.glob("*.npy")
+    _age(note, 31)
+    open_planes(used, "tubulin", tmp_path, progress=False)  # opening is using
+    mine, writing = tmp_path / "my-own-letter.json", tmp_path / "dna-0123456789abcdef-9.npy.partial"
+    dead = tmp_path / "dna-fedcba9876543210-9.npy.partial"
+    for path in (mine, writing, dead):
+        path.write_text("{}")
+    _age(mine, 400)
+    _age(dead, 2)
+    open_planes(new, "tubulin", tmp_path, progress=False)
+    assert file.exists() and note.exists() and mine.exists() and writing.exists() and not dead.exists()
+
+
+def test_a_full_disk_is_an_error_and_leaves_no_cache(planes, tmp_path):
+    """The largest file that this process may write stands for the disk; a map of a full disk would end it."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, limits[1]))
+    try:
+        with pytest.raises(ScreenError, match="cannot be written .*: free some space"):
+            open_planes(make(planes), "tubulin", tmp_path, progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(tmp_path.glob("*.npy"))
+    assert (open_planes(make(planes), "tubulin", tmp_path, progress=False) == planes).all()
 
 
 def test_8_bit_planes_stay_8_bit(tmp_path):
