@@ -42,7 +42,7 @@ from transformers.utils.logging import disable_progress_bar
 from dataset_scripts import ScreenError, fields_with
 from evaluation_wsdino import ProfileError
 from evaluation_wsdino.baselines import intensity_features, nuclear_features
-from evaluation_wsdino.pictures import draw_attention, draw_fields
+from evaluation_wsdino.pictures import draw_attention, draw_fields, save_sheet
 from evaluation_wsdino.shards import ProfileFile
 from modeling_wsdino import (
     WSDinoConfig,
@@ -541,7 +541,7 @@ def write_pictures(folder: Path, extractors: dict[str, Extractor], dataset) -> N
         planes, image_processor, model = Planes(dataset, channel, rows), extractor.image_processor, extractor.model
         limit = image_processor.max_intensity
         fields = [np.minimum(plane / limit, 1) for plane in planes]
-        draw_fields(fields, titles).save(folder / f"fields_{channel}.png")
+        save_sheet(draw_fields(fields, titles), folder / f"fields_{channel}.png")
         # One picture of the whole centre that the tiles cover: the network takes any size, and cells stay uncut.
         side = image_processor.tile_size * image_processor.tile_grid
         whole = WSDinoImageProcessor(tile_size=side, tile_grid=1, max_intensity=limit)
@@ -550,7 +550,7 @@ def write_pictures(folder: Path, extractors: dict[str, Extractor], dataset) -> N
             maps = model.float().cpu().eval().attention_maps(torch.from_numpy(centres))
         masks = attention_mass_mask(maps.mean(1), 0.6)
         sheet = draw_attention(centres[:, 0], maps.numpy(), masks.numpy(), titles[: len(centres)])
-        sheet.save(folder / f"attention_{channel}.png")
+        save_sheet(sheet, folder / f"attention_{channel}.png")
 
 
 # ---------------------------------------------------------------------------------------------- the command

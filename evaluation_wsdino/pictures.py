@@ -1,11 +1,20 @@
-"""Pictures a biologist would rather look at than numbers: example fields, and where a network's attention goes."""
+"""Pictures a biologist would rather look at than numbers: example fields, and where a network's attention goes.
+
+A sheet carries its titles twice: drawn above its pictures, for whoever opens the file, and with the place of each as
+JSON in the PNG's own text (`save_sheet`, `read_sheet`), for a page that sets them as text of its own.
+"""
+
+import json
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 TEXT_HEIGHT = 18
 GAP = 6
 BACKGROUND = (255, 255, 255)
+SHEET_KEY = "wsdino_sheet"
 
 
 def draw_fields(fields: list[np.ndarray], titles: list[str], columns: int = 4, width: int = 320) -> Image.Image:
@@ -18,7 +27,10 @@ def draw_fields(fields: list[np.ndarray], titles: list[str], columns: int = 4, w
         columns: fields a row.
         width: of one field in pixels of the picture.
     """
-    return _grid([_gray(field, width) for field in fields], titles, columns)
+    sheet, boxes = _grid([_gray(field, width) for field in fields], titles, columns)
+    cells = [{"title": title, "box": box} for title, box in zip(titles, boxes, strict=True)]
+    sheet.info["groups"] = [{"title": "", "cells": cells}]
+    return sheet
 
 
 def draw_attention(
@@ -44,7 +56,52 @@ def draw_attention(
         for number, head in enumerate([heads.mean(0), *heads]):
             cells.append(_heat(head, gray.size))
             names.append("mean of heads" if number == 0 else f"head {number}")
-    return _grid(cells, names, columns=len(cells) // len(tiles))
+    columns = len(cells) // len(tiles)
+    sheet, boxes = _grid(cells, names, columns)
+    sheet.info["groups"] = []
+    for row, title in enumerate(titles):
+        own = range(row * columns, (row + 1) * columns)
+        group = [{"title": names[number] if number > own[0] else "field", "box": boxes[number]} for number in own]
+        sheet.info["groups"].append({"title": title, "cells": group})
+    return sheet
+
+
+def save_sheet(sheet: Image.Image, path: Path) -> None:
+    """Write a sheet as PNG with the titles and places of its pictures; beside first, then renamed."""
+    text = PngInfo()
+    text.add_itxt(SHEET_KEY, json.dumps(sheet.info["groups"]))
+    partial = path.with_name(path.name + ".partial")
+    sheet.save(partial, format="PNG", pnginfo=text)
+    partial.replace(path)
+
+
+def read_sheet(path: Path) -> list[tuple[str, list[tuple[str, Image.Image]]]]:
+    """The groups of a sheet: their titles, and title and picture of each member.
+
+    A picture without such places, of whatever origin, is one group of one picture without titles.
+
+    Raises:
+        OSError: the file is no picture that can be read.
+    """
+    with Image.open(path) as image:
+        image.load()
+        whole = image.convert("RGB")
+        text = getattr(image, "text", {}).get(SHEET_KEY)
+    try:
+        groups = [
+            (str(group["title"]), [(str(cell["title"]), _cut(whole, cell["box"])) for cell in group["cells"]])
+            for group in json.loads(text)
+        ]
+    except (TypeError, KeyError, ValueError):
+        groups = []
+    return groups if any(cells for _, cells in groups) else [("", [("", whole)])]
+
+
+def _cut(sheet: Image.Image, box: list[int]) -> Image.Image:
+    left, top, right, bottom = (int(edge) for edge in box)
+    if not (0 <= left < right <= sheet.width and 0 <= top < bottom <= sheet.height):
+        raise ValueError(f"the box {box} lies outside the sheet")
+    return sheet.crop((left, top, right, bottom))
 
 
 def _gray(field: np.ndarray, width: int) -> Image.Image:
@@ -66,12 +123,15 @@ def _enlarge(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(values.astype(np.float32)).resize(size, Image.Resampling.NEAREST))
 
 
-def _grid(cells: list[Image.Image], titles: list[str], columns: int) -> Image.Image:
+def _grid(
+    cells: list[Image.Image], titles: list[str], columns: int
+) -> tuple[Image.Image, list[tuple[int, int, int, int]]]:
+    """The sheet, and where each cell lies in it: left, top, right, bottom."""
     columns = min(columns, len(cells))
     rows = -(-len(cells) // columns)
     width, height = cells[0].width + GAP, cells[0].height + TEXT_HEIGHT + GAP
     sheet = Image.new("RGB", (columns * width + GAP, rows * height + GAP), BACKGROUND)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
+    draw, font, boxes = ImageDraw.Draw(sheet), ImageFont.load_default(size=12), []
     for number, (cell, title) in enumerate(zip(cells, titles, strict=True)):
         row, column = divmod(number, columns)
         left, top = GAP + column * width, GAP + row * height
@@ -79,4 +139,5 @@ def _grid(cells: list[Image.Image], titles: list[str], columns: int) -> Image.Im
             title = title[:-2].rstrip("…") + "…"
         draw.text((left, top), title, fill=(20, 20, 20), font=font)
         sheet.paste(cell, (left, top + TEXT_HEIGHT))
-    return sheet
+        boxes.append((left, top + TEXT_HEIGHT, left + cell.width, top + TEXT_HEIGHT + cell.height))
+    return sheet, boxes

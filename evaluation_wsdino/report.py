@@ -17,6 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from .evaluate_profiles import SETS, compare_sets, read_metrics
+from .pictures import read_sheet
 from .profiles import ProfileError
 from .report_charts import bars, colour, confusion_table, line_chart, number, percent, scatter_map
 from .uncertainty import epoch_curves
@@ -45,6 +46,17 @@ def _data_uri(data, kind):
     return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
 
 
+def _picture_uri(picture):
+    """A small picture as JPEG, or as PNG where that is no larger, as of a map of a few colours."""
+    found = {}
+    for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 88})):
+        buffer = io.BytesIO()
+        picture.save(buffer, kind, **options)
+        found[kind] = buffer.getvalue()
+    kind = min(found, key=lambda name: (len(found[name]), name))
+    return _data_uri(found[kind], kind)
+
+
 def load_run(folder, dataset=None):
     """What the page needs of one run folder: results, logs and pictures.
 
@@ -59,7 +71,8 @@ def load_run(folder, dataset=None):
     Returns
     -------
     dict
-        name, results, metrics {channel or "all channels": lines}, pictures {file stem: data URI}, thumbnails
+        name, results, metrics {channel or "all channels": lines}, pictures {file stem: groups as of `read_sheet`,
+        with data URIs for pictures}, thumbnails
         {treatment: data URI}.
 
     Raises
@@ -79,7 +92,13 @@ def load_run(folder, dataset=None):
         raise ProfileError(f"{path} is not a result of this version of wsdino-evaluate: run it again.")
     pictures = {}
     for picture in sorted(folder.glob("pictures/*.png")):
-        pictures[picture.stem] = _data_uri(picture.read_bytes(), "png")
+        try:
+            groups = read_sheet(picture)
+        except OSError as error:
+            raise ProfileError(f"{picture} is not a picture that can be read ({error}): remove it.") from None
+        pictures[picture.stem] = [
+            (title, [(caption, _picture_uri(cell)) for caption, cell in cells]) for title, cells in groups
+        ]
     thumbnails = {}
     if dataset is None:
         recorded = results["settings"].get("dataset") if isinstance(results.get("settings"), dict) else None
@@ -235,7 +254,7 @@ def _sets_section(runs):
                 ("", [f"<b>{escape(title)}</b>{note}", *[_score_cell(scores, p) for p in ("nsc", "nscb")], ""])
             )
             for channel, part in scores["channels"].items():
-                ratio = f"{number(part['participation_ratio'])} of {part['features']}"
+                ratio = _with_lines(number(part["participation_ratio"]), f"of {part['features']}")
                 shares = [_with_lines(_score(part, p), _interval_line(part, p)) for p in ("nsc", "nscb")]
                 rows.append(("sub", [escape(channel), *shares, ratio]))
     return (
@@ -249,13 +268,14 @@ def _sets_section(runs):
 
 def _score_cell(scores, prefix):
     null = scores.get(f"{prefix}_null") or {}
-    chance = f"chance {percent(null.get('null_mean'), 0)}, {_p_value(null.get('p_value'))}"
+    chance = [f"chance {percent(null.get('null_mean'), 0)},", _p_value(null.get("p_value"))]
+    chance = " ".join(f'<span class="whole">{part}</span>' for part in chance)
     return _with_lines(f"<b>{_score(scores, prefix)}</b>", _interval_line(scores, prefix), chance)
 
 
 def _interval_line(scores, prefix):
     interval = _interval(scores, prefix)
-    return f"95 %: {interval}" if interval else ""
+    return f'<span class="about">95 %: </span><span class="whole">{interval}</span>' if interval else ""
 
 
 def _with_lines(first, *others):
@@ -284,13 +304,13 @@ def _comparison_section(runs):
                     rows.append(_comparison_row(f"{run['name']} against {first['name']}", prefix, part))
     if not rows:
         return ""
-    head = ["Comparison", "difference", "gained, lost", "exact test", "by compound"]
+    head = ["Comparison", "difference", "gained, lost", "by compound"]
     return (
         "<h2 id=comparison>Are the differences real?</h2>"
-        + _table(head, rows, numeric=range(1, 5))
-        + '<p class="soft">Gained, lost: treatments that only the first named, or only the other, got right. '
-        "Exact test: McNemar's, each changed treatment a fair coin. By compound: the two exchanged compound by "
-        "compound; the one to trust, since one compound often brings several treatments.</p>"
+        + _table(head, rows, numeric=range(1, 4))
+        + '<p class="soft">Gained, lost: treatments that only the first named, or only the other, got right. By '
+        "compound: the two exchanged compound by compound; the one to trust, since one compound often brings several "
+        "treatments. Exact: McNemar's test, each changed treatment a fair coin.</p>"
     )
 
 
@@ -306,8 +326,7 @@ def _comparison_row(title, prefix, part):
             f'{escape(title)}<br><span class="soft">{prefix.upper()}, {part["compared"]} treatments</span>',
             difference,
             f"{names(part['gained'])}, {names(part['lost'])}",
-            _p_value(part["p_exact"]),
-            _p_value(part["p_compound"]),
+            f'{_p_value(part["p_compound"])}<br><span class="soft">exact {_p_value(part["p_exact"])}</span>',
         ],
     )
 
@@ -329,7 +348,8 @@ def _training_section(runs, window):
     parts = ["<h2 id=training>Did training go well?</h2>"]
     verdicts = []
     for run in runs:
-        for channel, training in run["results"].get("training", {}).items():
+        trained = run["results"].get("training", {})
+        for channel, training in sorted(trained.items(), key=lambda item: _channel_key(item[0])):
             collapse = training["collapse"]
             kind = {"healthy": "ok", "collapsed": "miss", "suspect": "miss"}.get(collapse["verdict"], "soft")
             title = f"{run['name']}, {channel}" if len(runs) > 1 else channel
@@ -368,7 +388,7 @@ def _training_section(runs, window):
                         name = run["name"] if len(runs) > 1 else channel
                         tint = colour(run_index if len(runs) > 1 else channels.index(channel))
                         series.append((name, *zip(*points, strict=True), tint, "solid"))
-            charts.append(line_chart(f"{prefix.upper()} during training", series, share=True))
+            charts.append(line_chart(f"{prefix.upper()} during training", series, share=True, legend=True))
         if heading:
             parts.append(f"<h3>{escape(heading)}</h3>")
         parts.append(f'<div class="grid-charts">{"".join(charts)}</div>')
@@ -464,12 +484,10 @@ def _measures_section(runs):
             before, after = effect["before"], effect["after"]
             cells = [
                 escape(title),
-                f"{percent(five['nsc'])}, {percent(five['nscb'])}",
-                f"{percent(replicates['share'])} ({replicates['replicating']}/{replicates['treatments']})",
-                f"{percent(before['variance_explained'], 0)} → {percent(after['variance_explained'], 0)}"
-                f'<br><span class="soft">chance {percent(after["expected_variance"], 0)}</span>',
-                f"{percent(before['neighbour_share'], 0)} → {percent(after['neighbour_share'], 0)}"
-                f'<br><span class="soft">chance {percent(after["expected_neighbour"], 0)}</span>',
+                _with_lines(percent(five["nsc"]), percent(five["nscb"])),
+                _with_lines(percent(replicates["share"]), f"{replicates['replicating']}/{replicates['treatments']}"),
+                _change(before["variance_explained"], after["variance_explained"], after["expected_variance"]),
+                _change(before["neighbour_share"], after["neighbour_share"], after["expected_neighbour"]),
             ]
             found = scores.get("retrieval")
             retrieval = retrieval or bool(found)
@@ -501,6 +519,12 @@ def _measures_section(runs):
         "often a DMSO field's nearest neighbour is of its own batch, before and after normalization, on fields it "
         "was not fitted to; the nearer to chance, the better.</p>"
     )
+
+
+def _change(before, after, chance):
+    before = "–" if before is None else f"{100 * before:.0f}"
+    values = f"{before} → {percent(after, 0)}"
+    return _with_lines(f'<span class="whole">{values}</span>', f"chance {percent(chance, 0)}")
 
 
 def _moa_section(runs):
@@ -619,19 +643,38 @@ def _pictures_section(runs):
     figures = []
     for kind, title in (("fields", "Example fields"), ("attention", "Where the network looks"), ("", "More pictures")):
         for run in runs:
-            for stem, uri in run["pictures"].items():
+            for stem, groups in sorted(run["pictures"].items(), key=lambda item: _channel_key(item[0].split("_")[-1])):
                 own = stem.split("_")[0] if stem.split("_")[0] in ("fields", "attention") else ""
                 if own == kind:
                     channel = stem.partition("_")[2] or stem
                     caption = f"{title}: {channel}" if kind else stem
                     caption = f"{run['name']}, {caption}" if len(runs) > 1 else caption
-                    figures.append(
-                        f'<figure><img src="{uri}" alt="{escape(caption)}" loading="lazy">'
-                        f"<figcaption>{escape(caption)}</figcaption></figure>"
-                    )
+                    figures.append(_sheet(caption, groups))
     if not figures:
         return ""
-    return f'<h2 id=pictures>What the network sees</h2><div class="pictures">{"".join(figures)}</div>'
+    about = (
+        '<p class="soft">Attention: of the last block\'s class token to each patch, head by head, each map from its '
+        "smallest value (black) to its largest (white). The mass: 60 % of the heads' mean attention, in as few "
+        "patches as hold it. Fields are shown with the square root of intensity; a picture grows when it is clicked.</p>"
+    )
+    return f"<h2 id=pictures>What the network sees</h2>{about}{''.join(figures)}"
+
+
+def _sheet(caption, groups):
+    """A sheet's pictures, each with its title as text; one that has no titles is shown whole."""
+    parts = [f"<h3>{escape(caption)}</h3>"]
+    for title, cells in groups:
+        whole = len(groups) == 1 and len(cells) == 1
+        figures = [
+            f'<figure><img src="{uri}" alt="{escape(f"{caption}, {title} {name}".strip(", "))}" loading="lazy">'
+            + (f"<figcaption>{escape(name)}</figcaption>" if name else "")
+            + "</figure>"
+            for name, uri in cells
+        ]
+        parts.append(f'<p class="group">{escape(title)}</p>' if title else "")
+        size = " whole" if whole else " small" if title else ""
+        parts.append(f'<div class="pictures{size}">{"".join(figures)}</div>')
+    return "".join(parts)
 
 
 def _flatten(value, prefix=""):

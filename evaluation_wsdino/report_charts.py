@@ -51,7 +51,7 @@ def thin(xs, ys, most=300):
     return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
 
 
-def line_chart(title, series, x_label="step", band=None, share=False):
+def line_chart(title, series, x_label="step", band=None, share=False, legend=False):
     """A small line chart as one <figure>.
 
     Parameters
@@ -63,6 +63,8 @@ def line_chart(title, series, x_label="step", band=None, share=False):
         A shaded window on the x axis.
     share : bool
         The values are shares, shown in per cent from 0 to 100.
+    legend : bool
+        Name even a single series.
     """
     series = [(label, thin(xs, ys), tint, style) for label, xs, ys, tint, style in series]
     series = [item for item in series if item[1]]
@@ -118,8 +120,9 @@ def line_chart(title, series, x_label="step", band=None, share=False):
             parts.append(f'<polyline class="curve" stroke="{tint}"{dash} points="{path}"><title>{escape(label)}')
             parts.append("</title></polyline>")
     parts.append("</svg>")
-    legend = legend_items([(label, tint, style) for label, _, tint, style in series]) if len(series) > 1 else ""
-    return f"<figure><figcaption>{escape(title)}</figcaption>{''.join(parts)}{legend}</figure>"
+    named = legend or len(series) > 1
+    items = legend_items([(label, tint, style) for label, _, tint, style in series]) if named else ""
+    return f"<figure><figcaption>{escape(title)}</figcaption>{''.join(parts)}{items}</figure>"
 
 
 def legend_items(items):

@@ -1,9 +1,12 @@
 """Pictures: the mask keeps the named share with the fewest patches, and dims exactly the pixels of the others."""
 
 import numpy as np
+import pytest
 import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from evaluation_wsdino.pictures import GAP, TEXT_HEIGHT, draw_attention, draw_fields
+from evaluation_wsdino.pictures import GAP, TEXT_HEIGHT, draw_attention, draw_fields, read_sheet, save_sheet
 from modeling_wsdino import attention_mass_mask
 
 WIDTH = 200
@@ -63,6 +66,42 @@ def test_every_head_has_its_own_map_brightest_where_it_attends_most():
         assert brightness.flat[values.argmax()] == 3 * 255 and brightness.flat[values.argmin()] == 0
         order = np.argsort(values.ravel())
         assert (np.diff(brightness.ravel()[order]) >= 0).all()
+
+
+def test_a_saved_sheet_gives_back_its_titles_and_pictures(tmp_path):
+    maps = attention(2, 3, 8, 10)
+    tiles = np.random.default_rng(1).uniform(0.2, 1, size=(2, 64, 80))
+    titles = ["Ünïcode <b> 薬 \"quoted\"", "long " * 60]
+    sheet = draw_attention(tiles, maps, np.ones((2, 8, 10), bool), titles, width=WIDTH)
+    save_sheet(sheet, tmp_path / "attention_dna.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["attention_dna.png"]
+    groups = read_sheet(tmp_path / "attention_dna.png")
+    assert [title for title, _ in groups] == titles
+    for row, (_, cells) in enumerate(groups):
+        names = [name for name, _ in cells]
+        assert names == ["field", "100% of patches hold the mass", "mean of heads", "head 1", "head 2", "head 3"]
+        for column, (_, picture) in enumerate(cells):
+            np.testing.assert_array_equal(np.asarray(picture), cell(sheet, row, column, 160))
+    fields = draw_fields(list(tiles), ["first", "second"], width=WIDTH)
+    save_sheet(fields, tmp_path / "fields_dna.png")
+    ((title, cells),) = read_sheet(tmp_path / "fields_dna.png")
+    assert title == "" and [name for name, _ in cells] == ["first", "second"]
+    np.testing.assert_array_equal(np.asarray(cells[1][1]), cell(fields, 0, 1, 160))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [None, "{", "[]", "7", '[{"title": "a", "cells": [{"title": "b", "box": [0, 0, 999, 5]}]}]', '[{"cells": 1}]'],
+)
+def test_a_picture_without_usable_places_is_shown_whole(tmp_path, text):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8))
+    note = PngInfo()
+    if text is not None:
+        note.add_itxt("wsdino_sheet", text)
+    picture.save(tmp_path / "p.png", pnginfo=note)
+    ((title, ((name, whole),)),) = read_sheet(tmp_path / "p.png")
+    assert title == name == ""
+    np.testing.assert_array_equal(np.asarray(whole), np.asarray(picture))
 
 
 def test_fields_show_the_square_root_of_intensity():

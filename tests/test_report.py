@@ -14,10 +14,12 @@ from PIL import Image
 
 from evaluation_wsdino import ProfileError
 from evaluation_wsdino.evaluate_profiles import evaluate_run
+from evaluation_wsdino.pictures import draw_attention, draw_fields, save_sheet
 from evaluation_wsdino.report import load_run, main, render_report, write_report
 from evaluation_wsdino.report_charts import bars, confusion_table, line_chart, scatter_map, thin, ticks
 
 EVIL = '<script>alert("x")</script>&\'"'
+LONG = "N-(" + "methyl" * 60 + ")"
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
@@ -142,7 +144,7 @@ def test_the_page_says_what_results_json_holds(runs):
         assert words in page.text
     for treatment in results["sets"]["trained"]["treatments"]:
         assert treatment in page.text
-    pictures = [value for tag, key, value in page.links if tag == "img" and value.startswith("data:image/png;base64,")]
+    pictures = [value for tag, key, value in page.links if tag == "img" and value.startswith("data:image/")]
     assert len(pictures) == 4
 
 
@@ -194,6 +196,30 @@ def test_every_label_is_escaped(tmp_path):
     page = Page(write_report([folder]).read_text())
     assert page.scripts == 1 and EVIL in page.text and "x<img src=y onerror=z>" in page.text
     assert not any(value == "y" for _, _, value in page.links)
+
+
+def test_hostile_names_through_a_whole_report(tmp_path):
+    """Markup, quotes, control characters, right-to-left and very long names: as channel-wide, treatment and picture
+    titles they are text, and the page stays well formed."""
+    moas = (EVIL, "</style></script><svg onload=alert(1)>", f"‮阻害剤 {LONG}")
+    folder = make_run(tmp_path / "run", moas=moas, source='simulated, "><b>')
+    log = folder / "dna" / "metrics.jsonl"
+    log.write_text(log.read_text() + json.dumps({"step": 40, "loss": float("nan"), EVIL: EVIL}) + "\n")
+    titles = [EVIL, "a\x00b", "]]><!--", LONG]
+    fields = [np.full((20, 30), 0.5)] * 4
+    save_sheet(draw_fields(fields, titles, width=40), folder / "pictures" / "fields_dna.png")
+    save_sheet(
+        draw_attention(np.stack(fields), np.ones((4, 1, 2, 3)), np.ones((4, 2, 3), bool), titles, width=40),
+        folder / "pictures" / "attention_actin.png",
+    )
+    evaluate_run(folder, progress=False)
+    text = write_report([folder]).read_text()
+    page = Page(text)
+    assert page.scripts == 1 and text.count("</script") == 1 and text.count("<!--") == 0
+    for name in (*moas, EVIL, LONG, "]]><!--"):
+        assert " ".join(name.split()) in page.text, name
+    pictures = [value for tag, key, value in page.links if tag == "img"]
+    assert len(pictures) == 4 + 4 * 4 + 2 and all(value.startswith("data:image/") for value in pictures)
 
 
 def test_real_data_carry_no_banner(tmp_path):
@@ -321,7 +347,8 @@ def test_small_charts_are_well_formed():
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_browser_shows_the_page_without_errors_and_without_sideways_scrolling(runs, tmp_path, width):
-    page = write_report(runs, tmp_path / "page.html", dataset=False)
+    hostile = make_run(tmp_path / "hostile", moas=(EVIL, LONG, "</style></script><svg onload=alert(1)>"))
+    page = write_report([*runs, hostile], tmp_path / "page.html", dataset=False)
     # The probe stands in a frame of the wanted width, since a headless window has a least width of its own.
     probe = tmp_path / "probe.html"
     content = escape_attribute(page.read_text())
