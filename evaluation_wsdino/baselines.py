@@ -9,7 +9,7 @@ from scipy import ndimage
 from skimage.filters import threshold_otsu
 from skimage.segmentation import watershed
 
-SMALLEST_NUCLEUS = 20  # pixels: a tenth of an untreated nucleus of BBBC021 at half size, so that fragments count
+SMALLEST_OBJECT = 4  # pixels; smaller ones are noise at any resolution
 
 
 def intensity_features(plane, max_intensity):
@@ -73,17 +73,19 @@ def nuclear_features(plane, max_intensity):
     return np.array(features, dtype=np.float32)
 
 
-def label_nuclei(scaled, smallest=SMALLEST_NUCLEUS):
+def label_nuclei(scaled, smallest=None):
     """`(height, width)` int32: 0 background, 1, 2, ... one number a nucleus of the nuclear stain's plane.
 
     Otsu's threshold on the smoothed square root (bright mitotic nuclei would raise that of the raw plane), at least
     three noise deviations above the median so that an empty field stays empty; touching nuclei are parted by a
-    watershed from the peaks of the distance to the background. Objects below `smallest` pixels are dropped.
+    watershed from the peaks of the distance to the background. Small objects are dropped.
 
     Parameters
     ----------
     scaled : (height, width) array of finite numbers, 0 or more
-    smallest : int
+    smallest : int, optional
+        Pixels of the smallest nucleus kept. Default: a tenth of the middle object, so that fragments count at any
+        magnification, and at least 4.
     """
     smooth = ndimage.gaussian_filter(np.sqrt(scaled), 1.0)
     low, high = smooth.min(), smooth.max()
@@ -95,6 +97,9 @@ def label_nuclei(scaled, smallest=SMALLEST_NUCLEUS):
     objects, _ = ndimage.label(mask)
     sizes = np.bincount(objects.ravel())
     sizes[0] = 0
+    if smallest is None:
+        objects_seen = sizes[sizes >= SMALLEST_OBJECT]
+        smallest = max(SMALLEST_OBJECT, np.median(objects_seen) / 10) if len(objects_seen) else SMALLEST_OBJECT
     if not (sizes >= smallest).any():
         return np.zeros(scaled.shape, dtype=np.int32)
     mask = (sizes >= smallest)[objects]

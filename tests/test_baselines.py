@@ -41,6 +41,11 @@ def test_touching_nuclei_are_parted_and_fragments_dropped():
     assert label_nuclei(draw(pairs + specks) / 10_000.0, smallest=1).max() == 14
 
 
+def test_small_nuclei_of_a_low_magnification_are_counted():
+    small = [(10 + 12 * row, 10 + 12 * column, 2.4, 2.4) for row in range(10) for column in range(10)]
+    assert nuclear_features(draw(small, shape=(130, 130)), 10_000)[0] == 100  # 21 pixels or fewer each
+
+
 def test_eccentricity_of_ellipses():
     for high, wide in ((5, 12), (12, 5), (10, 10)):
         ellipses = [(40, 50, high, wide), (40, 140, high, wide), (120, 90, high, wide)]
