@@ -114,8 +114,8 @@ def load_screen(arguments: TrainingArguments, accelerator: Accelerator):
         with accelerator.local_main_process_first():
             if not (SIMULATED_DEMO / "README.md").exists():
                 raw = SIMULATED_DEMO.with_name(SIMULATED_DEMO.name + "_raw")
-                # Half-size cells: the demo's small crops hold several, as the paper's do, and not parts of one.
-                simulate_screen(raw, size="demo", seed=0, scale=0.5)
+                # 1 / 3.2 of the real resolution: 160 x 200 pixels hold as many cells as the paper's 512 x 640.
+                simulate_screen(raw, size="demo", seed=0, scale=1 / 3.2)
                 build_dataset(raw, SIMULATED_DEMO)
     elif not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
         raise TrainingError(

@@ -53,7 +53,8 @@ SIZES = {
     "small": ({"scale": 1 / 3.2}, ["--preset", "demo", "--epochs", "12"]),
     "gpu": (
         {"image_size": (1024, 1280), "doses": 3},
-        ["--preset", "scratch", "--mixed_precision", "bf16", "--epochs", "100", "--warmup_epochs", "5"],
+        ["--preset", "scratch", "--mixed_precision", "bf16", "--epochs", "100", "--warmup_epochs", "5"]
+        + ["--centering", "sinkhorn", "--koleo_weight", "0.02"],
     ),
 }
 # In every row the anchors of a step come from one plate, and partners from another plate where the label has one.

@@ -50,12 +50,15 @@ PRESETS = {
         "num_workers": 8,
     },
     # A small ViT on small simulated fields, from random weights: minutes on two CPU cores. RESULTS.md says what was
-    # measured: without the first two settings even a supervised network of this size hardly learns in that time, and
-    # Sinkhorn targets and a little KoLeo keep targets and features from collapsing.
+    # measured: without the first two settings even a supervised network of this size hardly learns in that time; with
+    # anchors of all plates in a step it learns the plates; Sinkhorn targets and a little KoLeo keep targets and
+    # features from collapsing.
     "demo": {
         "init": "random",
         "whiten_patches": True,
         "initializer_range": 0.1,
+        "anchor_group": "plate",
+        "pair_constraint": "plate",
         "output_dir": "runs/demo",
         "hidden_size": 96,
         "num_hidden_layers": 4,
