@@ -655,7 +655,7 @@ def _pictures_section(runs):
     about = (
         '<p class="soft">Attention: of the last block\'s class token to each patch, head by head, each map from its '
         "smallest value (black) to its largest (white). The mass: 60 % of the heads' mean attention, in as few "
-        "patches as hold it. Fields are shown with the square root of intensity; a picture grows when it is clicked.</p>"
+        "patches as hold it. Fields are shown with the square root of intensity; a click enlarges a picture.</p>"
     )
     return f"<h2 id=pictures>What the network sees</h2>{about}{''.join(figures)}"
 
