@@ -142,14 +142,13 @@ def read_screen(image_csv, moa_csv=None, columns: ScreenColumns | None = None) -
     fields.loc[control, "concentration"] = 0.0
 
     for channel, (file_column, folder_column) in columns.channels.items():
-        name = _text(raw, file_column, image_csv, empty=True)
+        path = _text(raw, file_column, image_csv, empty=True).str.replace("\\", "/")
         if folder_column:
             folder = _text(raw, folder_column, image_csv, empty=True).str.replace("\\", "/").str.strip("/")
-            path = (folder + "/" + name).str.lstrip("/")
-            path[name == ""] = ""
-        else:
-            path = name.str.replace("\\", "/")
-        outside = path.str.startswith("/") | path.str.split("/").map(lambda parts: ".." in parts)
+            path = (folder + "/" + path).str.lstrip("/").where(path != "", "")
+        # Also a drive of Windows, wherever this is read, and what no file can be named.
+        outside = path.str.contains(r"^/|^[^/]*:|[\x00-\x1f]", regex=True)
+        outside |= path.str.split("/").map(lambda parts: ".." in parts)
         if outside.any():
             row = fields["row"][outside.idxmax()]
             raise ScreenError(

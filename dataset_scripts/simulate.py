@@ -31,6 +31,7 @@ HEADER = (
     "Image_FileName_Actin,Image_PathName_Actin,Image_Metadata_Plate_DAPI,Image_Metadata_Well_DAPI,Replicate,"
     "Image_Metadata_Compound,Image_Metadata_Concentration"
 )
+NAMES = 512  # of compounds
 
 
 @dataclass(frozen=True)
@@ -157,10 +158,9 @@ def simulate_screen(
     except TypeError as error:
         raise ScreenError(f"unknown change of the design: {error}") from error
     _check_design(design)
-    if seed < 0:
-        raise ScreenError(f"seed is {seed}: give 0 or more")
-    if workers is not None and workers < 1:
-        raise ScreenError(f"workers is {workers}: give 1 or more processes")
+    _check_number("seed", seed, 0, 2**63 - 1)
+    if workers is not None:
+        _check_number("workers", workers, 1, 1024)
     folder = Path(folder)
     description = {
         "source": f"simulated, seed {seed}",
@@ -185,9 +185,6 @@ def simulate_screen(
             )
     elif folder.exists() and any(folder.iterdir()):
         raise ScreenError(f"{folder} is not empty and holds no simulation: choose another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    begun.write_text(json.dumps(description))
-
     rng = _stream(seed, "layout")
     wells = _official_wells(plate_map, seed) if plate_map else _designed_wells(design, rng)
     optics = _plate_optics(design, seed, sorted({(well["batch"], well["plate"]) for well in wells}))
@@ -196,6 +193,8 @@ def simulate_screen(
     for well in wells:
         dose = strengths[well["treatment"]]
         tasks.append((str(folder), seed, design, well, phenotypes[well["treatment"]], dose, optics[well["plate"]]))
+    folder.mkdir(parents=True, exist_ok=True)
+    begun.write_text(json.dumps(description))
     for place in sorted({Path(path).parent for well in wells for site in well["files"] for path in site}):
         (folder / place).mkdir(parents=True, exist_ok=True)
     _run(_write_well, tasks, workers, progress, f"simulating {len({w['plate'] for w in wells})} plates, wells")
@@ -216,20 +215,31 @@ def simulate_screen(
     return folder
 
 
+def _check_number(name: str, value, least: int, most: int) -> None:
+    if not (isinstance(value, int) and least <= value <= most):
+        raise ScreenError(f"{name} is {value}: give a whole number from {least} to {most}")
+
+
 def _check_design(design: ScreenDesign) -> None:
-    if not 0.05 <= design.scale <= 20:
-        raise ScreenError(f"scale is {design.scale}: give a factor from 0.05 to 20")
-    if min(design.image_size) < 32:
-        raise ScreenError(f"image_size {design.image_size} is too small: give at least 32 x 32 pixels")
-    known = mechanism_phenotypes()
-    for name in design.mechanisms + design.single_batch_mechanisms:
+    for name, least, most in (("scale", 0.05, 20), ("nuisance", 0, 10)):
+        if not least <= getattr(design, name) <= most:  # nor NaN
+            raise ScreenError(f"{name} is {getattr(design, name)}: give a factor from {least} to {most}")
+    sides = design.image_size if isinstance(design.image_size, tuple | list) else ()
+    if len(sides) != 2 or not all(isinstance(side, int) and 32 <= side <= 8192 for side in sides):
+        raise ScreenError(f"image_size is {design.image_size}: give two whole numbers, rows and columns of 32 to 8192")
+    for name in ("batches", "replicates", "compounds", "doses", "fields_per_well", "dmso_wells"):
+        _check_number(name, getattr(design, name), 1, 1000)
+    for name in ("inactive", "reference_wells"):
+        _check_number(name, getattr(design, name), 0, 1000)
+    known, named = mechanism_phenotypes(), [*design.mechanisms, *design.single_batch_mechanisms]
+    for name in named:
         if name not in known:
             raise ScreenError(f"mechanism {name!r} is unknown: choose among {', '.join(known)}")
-    for name in ("batches", "replicates", "compounds", "doses", "fields_per_well", "dmso_wells"):
-        if getattr(design, name) < 1:
-            raise ScreenError(f"{name} is {getattr(design, name)}: it must be at least 1")
     if not design.mechanisms:
         raise ScreenError("the design has no mechanisms: name at least one")
+    compounds = len(named) * design.compounds + design.inactive
+    if compounds > NAMES:
+        raise ScreenError(f"the design has {compounds} compounds, and there are names for {NAMES}: give fewer")
 
 
 def _stream(seed: int, *key) -> np.random.Generator:
@@ -242,12 +252,12 @@ def _designed_wells(design: ScreenDesign, rng: np.random.Generator) -> list[dict
     treatments: dict[int, list[tuple[str, float, str]]] = {batch: [] for batch in range(design.batches)}
     number = 0
     reference = None
-    names = rng.permutation(999)[: 64 * 8] + 1  # so that the names' order says nothing about the mechanism
-    for m, mechanism in enumerate(design.mechanisms + design.single_batch_mechanisms):
+    names = rng.permutation(999)[:NAMES] + 1  # so that the names' order says nothing about the mechanism
+    for m, mechanism in enumerate([*design.mechanisms, *design.single_batch_mechanisms]):
         for c in range(design.compounds):
             single = mechanism in design.single_batch_mechanisms
             batch = m % design.batches if single else (m + c) % design.batches
-            compound = f"SIM-{names[number % len(names)]:03d}"
+            compound = f"SIM-{names[number]:03d}"
             number += 1
             top = float(rng.choice([0.3, 1.0, 3.0, 10.0, 30.0]))
             doses = [float(f"{top / 3.1623 ** (design.doses - 1 - d):.2g}") for d in range(design.doses)]
@@ -256,7 +266,7 @@ def _designed_wells(design: ScreenDesign, rng: np.random.Generator) -> list[dict
                 doses = doses[1:]  # the lowest dose is on every plate already
             treatments[batch] += [(compound, dose, mechanism) for dose in doses]
     for c in range(design.inactive):
-        compound = f"SIM-{names[(number + c) % len(names)]:03d}"
+        compound = f"SIM-{names[number + c]:03d}"
         treatments[c % design.batches] += [(compound, dose, "") for dose in (0.1, 1.0)[: design.doses]]
 
     places = [f"{row}{column:02d}" for row in "BCDEFG" for column in range(2, 12)]
@@ -304,6 +314,12 @@ def _designed_wells(design: ScreenDesign, rng: np.random.Generator) -> list[dict
 def _official_wells(plate_map, seed: int) -> list[dict]:
     """The wells of official tables. Compounds without any annotation get a random, mostly weak, phenotype later."""
     table = read_screen(*plate_map)
+    for channel in ("dna", "tubulin", "actin"):
+        bad = ~table[f"{channel}_file"].str.lower().str.endswith((".tif", ".tiff"))
+        if bad.any():
+            row, file = table.loc[bad.idxmax(), ["row", f"{channel}_file"]]
+            what = f"the {channel} file {file!r} is not the name of a TIFF" if file else f"no {channel} image is named"
+            raise ScreenError(f"{plate_map[0]}, line {row}: {what}: name one, which is drawn there")
     wells = []
     for (plate, well), group in table.groupby(["plate", "well"], sort=True):
         first = group.iloc[0]

@@ -200,6 +200,72 @@ def test_official_plate_map_is_reproduced(tmp_path):
     assert strength["taxol_0.001"] < 0.3 and strength["nobody knows_7"] <= 0.3
 
 
+IMAGE_LINE = "1,1,{dna},{folder},B02_s1_w2.tif,Week1/Week1_1,B02_s1_w4.tif,Week1/Week1_1,Week1_1,B02,1,DMSO,0"
+
+
+@pytest.mark.parametrize(
+    ("dna", "folder", "message"),
+    [
+        ("B02_s1_w1.tif", "../../outside", "leads out of the image folder"),
+        ("../B02_s1_w1.tif", "Week1", "leads out of the image folder"),
+        ("..\\..\\..\\B02_s1_w1.tif", "Week1", "leads out of the image folder"),
+        ("B02_s1_w1.tif", "C:\\Week1", "leads out of the image folder"),
+        ("B02_s1_w1\0.tif", "Week1", "leads out of the image folder|cannot be read as CSV"),
+        ("", "Week1", "no site number"),
+        ("B02_s1_w1.tif", "Week1,,Week1", "no tubulin image is named"),
+        ("BBBC021_v1_moa_s1_.csv", "", "is not the name of a TIFF"),
+        ("simulation_s1_.json", "", "is not the name of a TIFF"),
+    ],
+)
+def test_a_plate_map_writes_images_inside_the_folder_only(tmp_path, dna, folder, message, capsys):
+    image, moa = tmp_path / "image.csv", tmp_path / "moa.csv"
+    line = IMAGE_LINE.format(dna=dna, folder=folder)
+    if folder.count(","):  # it names the tubulin image as well
+        line = line.replace("B02_s1_w2.tif,Week1/Week1_1,", "", 1)
+    image.write_text(",".join(HEADER) + "\n" + line + "\n")
+    moa.write_text('"compound",concentration,"moa"\n"DMSO",0.0,"DMSO"\n')
+    before = {path for path in tmp_path.rglob("*")}
+    with pytest.raises(SystemExit) as ended:
+        main([str(tmp_path / "a" / "raw"), "--plate_map", str(image), str(moa), "--image_size", "40", "48"])
+    assert ended.value.code == 2
+    import re
+
+    error = capsys.readouterr().err
+    assert re.search(f"image.csv.*{message}", error), error
+    # Nothing is left behind, so the mended map may go to the same folder.
+    assert {path for path in tmp_path.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scale": float("nan")}, "scale is nan: give"),
+        ({"scale": float("inf")}, "scale is inf: give"),
+        ({"nuisance": float("nan")}, "nuisance is nan: give"),
+        ({"nuisance": float("inf")}, "nuisance is inf: give"),
+        ({"nuisance": -1.0}, "nuisance is -1.0: give"),
+        ({"image_size": (64, 10**6)}, "image_size .*: give two whole numbers"),
+        ({"image_size": (64, 8)}, "image_size .*: give two whole numbers"),
+        ({"image_size": (64.5, 80)}, "image_size .*: give two whole numbers"),
+        ({"image_size": (64,)}, "image_size .*: give two whole numbers"),
+        ({"image_size": 64}, "image_size .*: give two whole numbers"),
+        ({"batches": float("nan")}, "batches is nan: give a whole number"),
+        ({"batches": 0}, "batches is 0: give a whole number"),
+        ({"replicates": 10**9}, "replicates is 1000000000: give a whole number"),
+        ({"fields_per_well": 2.5}, "fields_per_well is 2.5: give a whole number"),
+        ({"inactive": -1}, "inactive is -1: give a whole number"),
+        ({"compounds": 200, "batches": 50}, "801 compounds.*512"),
+        ({"mechanisms": ["Magic"]}, "mechanism 'Magic' is unknown"),
+        ({"seed": 1.5}, "seed is 1.5: give a whole number"),
+        ({"seed": -1}, "seed is -1: give a whole number"),
+    ],
+)
+def test_impossible_designs_are_refused_in_a_sentence(tmp_path, changes, message):
+    with pytest.raises(ScreenError, match=message):
+        simulate_screen(tmp_path / "raw", "tiny", **changes)
+    assert not (tmp_path / "raw").exists()
+
+
 def test_untreated_fields_have_the_real_camera_s_grey_levels():
     """Ranges about what four real fields show: background, nuclei, and pixels above 10,000."""
     from dataset_scripts.draw_cells import Optics, Phenotype, draw_field
