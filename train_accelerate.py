@@ -29,6 +29,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 from datasets import load_dataset
+from filelock import FileLock
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
@@ -111,7 +112,9 @@ def load_screen(arguments: TrainingArguments, accelerator: Accelerator):
     path = arguments.dataset
     if path is None:
         path = str(SIMULATED_DEMO)
-        with accelerator.local_main_process_first():
+        SIMULATED_DEMO.parent.mkdir(parents=True, exist_ok=True)
+        # Two runs may start at once, and the processes of one do.
+        with FileLock(SIMULATED_DEMO.with_name(SIMULATED_DEMO.name + ".lock")):
             if not (SIMULATED_DEMO / "README.md").exists():
                 raw = SIMULATED_DEMO.with_name(SIMULATED_DEMO.name + "_raw")
                 # 1 / 3.2 of the real resolution: 160 x 200 pixels hold as many cells as the paper's 512 x 640.

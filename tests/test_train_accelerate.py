@@ -3,10 +3,12 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 import train_accelerate
@@ -447,3 +450,22 @@ def test_the_whole_way_through_real_commands(tmp_path):
     assert results["simulated"] is True
     report = (run / "report.html").read_text()
     assert "simulated" in report.lower() and "http://" not in report.replace("http://www.w3.org", "")
+
+
+def test_two_demos_that_start_at_once_simulate_one_screen(tmp_path, monkeypatch, tiny_screen):
+    monkeypatch.chdir(tmp_path)
+    made = []
+
+    def simulate(raw, **_):
+        made.append(raw)
+        time.sleep(0.5)  # long enough for the other run to arrive
+
+    def build(raw, folder):
+        shutil.copytree(tiny_screen, folder)
+
+    monkeypatch.setattr(train_accelerate, "simulate_screen", simulate)
+    monkeypatch.setattr(train_accelerate, "build_dataset", build)
+    arguments = train_accelerate.TrainingArguments()
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: train_accelerate.load_screen(arguments, Accelerator())[1], range(2)))
+    assert len(made) == 1 and set(found) == {"data/simulated_demo"}
