@@ -1,5 +1,6 @@
 """Every setting of a training run as one typed dataclass, its presets, and what makes a setting unusable."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
@@ -277,6 +278,9 @@ def check_arguments(arguments: TrainingArguments, patch_size: int) -> None:
         raise TrainingError(f"--unlabelled is {a.unlabelled!r}: use drop or self.")
     if a.pair_constraint not in CONSTRAINTS:
         raise TrainingError(f"--pair_constraint is {a.pair_constraint!r}: use one of {', '.join(CONSTRAINTS)}.")
+    most = 8 * (os.cpu_count() or 1)
+    if a.num_workers > most:
+        raise TrainingError(f"--num_workers is {a.num_workers}: this machine takes at most {most}, 8 a core.")
     if a.anchor_group not in ("none", "plate", "batch"):
         raise TrainingError(f"--anchor_group is {a.anchor_group!r}: use none, plate or batch.")
     if not a.channels or len(set(a.channels)) != len(a.channels):
