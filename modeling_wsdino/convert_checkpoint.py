@@ -110,19 +110,20 @@ def load_backbone(source: str | Path, *, network: str | None = None, **config_kw
 
 
 def _repository_file(source: str | Path, name: str) -> str | None:
-    """Where a file of a folder or Hub repository lies on this machine, or None if there is none."""
+    """Where a file of a folder or Hub repository lies on this machine, or None if there is none.
+
+    Raises ValueError for what is neither folder nor repository, and for a Hub that cannot be reached or refuses.
+    """
     if Path(source).is_dir():
         return str(Path(source) / name) if (Path(source) / name).is_file() else None
     try:
-        return cached_file(
-            str(source),
-            name,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-    except (OSError, ValueError):  # no such repository, or no such name
-        return None
+        return cached_file(str(source), name, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{source} is neither a checkpoint file nor a folder or Hub id that can be read ({reason}): check the "
+            "name, the connection and your access."
+        ) from error
 
 
 def export_onnx(model: WSDinoPreTrainedModel, path: str | Path, *, image_size: int | None = None) -> Path:

@@ -18,10 +18,12 @@ import pytest
 import torch
 from datasets import Dataset, Features, Value, load_dataset
 from datasets import Image as ImageFeature
+from hub_server import HubServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
+from transformers import ViTConfig, ViTModel
 
 import extract_profiles
 from evaluation_wsdino.baselines import nuclear_features
@@ -236,6 +238,101 @@ def test_a_network_that_knows_no_channel_takes_each(tiny_screen, tmp_path):
             np.testing.assert_allclose(features_of(table, channel).iloc[number], expected, atol=2e-4)
 
 
+def vit_features(vit, plane):
+    """The four tiles of a field, gray as RGB, through transformers' own ViT."""
+    tiles = [np.minimum(plane[t : t + 32, left : left + 32].astype(np.float64), 10_000) / 10_000 for t, left in PAPER]
+    pixels = torch.tensor(np.stack(tiles), dtype=torch.float32)[:, None].expand(-1, 3, -1, -1)
+    with torch.no_grad():
+        return np.median(vit(pixels).last_hidden_state[:, 0].double().numpy(), axis=0)
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    """A folder as of facebook/dino-vits8, with the image processor's file of that kind, and its network."""
+    torch.manual_seed(8)
+    config = ViTConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=256, image_size=32, patch_size=8
+    )
+    model = ViTModel(config, add_pooling_layer=False).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5).add_(0.05 * torch.randn_like(parameter))
+    folder = tmp_path_factory.mktemp("vit") / "vit"
+    model.save_pretrained(folder)
+    own = {"image_processor_type": "ViTImageProcessor", "image_mean": [0.4] * 3, "size": {"height": 32, "width": 32}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(own))
+    return folder, model
+
+
+def test_a_transformers_vit_gives_its_own_features(vit, tiny_screen, tmp_path):
+    folder, model = vit
+    output = tmp_path / "p.parquet"
+    extract("--model", folder, "--dataset", tiny_screen, "--output", output, "--channels", "dna", "tubulin")
+    table = pd.read_parquet(output)
+    assert features_of(table).shape == (108, 128)
+    for number, row in enumerate(list(screen_rows(tiny_screen))[:5]):
+        for channel in ("dna", "tubulin"):
+            expected = vit_features(model, row[channel])
+            # Its LayerNorms' epsilon is 1e-12, ours DINO's 1e-6.
+            np.testing.assert_allclose(features_of(table, channel).iloc[number], expected, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["bare", "full"])
+def test_an_original_checkpoint_file_is_extracted(kind, tiny_screen, tmp_path):
+    """As DINO publishes it, and as its training, or that of WS-DINO, leaves it: there the teacher's is taken."""
+    torch.manual_seed(4)
+    size = SIZE | {"hidden_size": 64, "num_attention_heads": 1}  # DINO's heads are 64 wide
+    model, other = (WSDinoModel(WSDinoConfig(**size)).eval() for _ in range(2))
+    state = model.to_dino_state_dict()
+    if kind == "full":
+        teacher = {f"module.backbone.{name}": tensor for name, tensor in state.items()}
+        teacher["module.head.mlp.0.weight"] = torch.zeros(3)
+        student = {f"module.backbone.{name}": tensor for name, tensor in other.to_dino_state_dict().items()}
+        state = {"student": student, "teacher": teacher, "epoch": 7}
+    torch.save(state, tmp_path / "dino.pth")
+    output = tmp_path / "p.parquet"
+    extract("--model", tmp_path / "dino.pth", "--dataset", tiny_screen, "--output", output, "--channels", "actin")
+    table = features_of(pd.read_parquet(output))
+    for number, row in enumerate(list(screen_rows(tiny_screen))[:4]):
+        np.testing.assert_allclose(table.iloc[number], plain_features(model, row["actin"], PAPER), atol=2e-4)
+
+
+@pytest.mark.slow
+def test_models_and_datasets_by_their_hub_ids(run, vit, tiny_screen, tmp_path):
+    """A channel's repository, a transformers ViT and the screen itself, from a Hub-like server, then offline."""
+
+    def files(folder):
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    folders = {
+        ("model", "lab/wsdino-dna"): run / "dna" / "model",
+        ("model", "lab/vit"): vit[0],
+        ("dataset", "lab/screen"): tiny_screen,
+    }
+    extract(run, "--sets", "trained", "--channels", "dna")
+    expected = pd.read_parquet(run / "profiles" / "trained.parquet")
+    with HubServer("hf_token") as hub:
+        for name, folder in folders.items():
+            hub.repositories[name] = {"files": files(folder), "commits": 1, "private": False, "sdk": None}
+        settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        script = ("extract_profiles.py", "--dataset", "lab/screen", "--output")
+        settings |= {"HF_HUB_DISABLE_XET": "1", "HF_DATASETS_OFFLINE": "0"}
+        for environment in (settings, settings | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}):
+            for model, channels in (("lab/wsdino-dna", ()), ("lab/vit", ("--channels", "dna"))):
+                output = tmp_path / f"{environment['HF_HUB_OFFLINE']}-{model[4:]}.parquet"
+                done = command(*script, output, "--model", model, *channels, **environment)
+                assert done.returncode == 0, done.stderr[-2000:]
+                table = pd.read_parquet(output)
+                if model == "lab/vit":
+                    row = next(iter(screen_rows(tiny_screen)))
+                    expected_row = vit_features(vit[1], row["dna"])
+                    np.testing.assert_allclose(features_of(table).iloc[0], expected_row, atol=2e-3)
+                else:
+                    pd.testing.assert_frame_equal(table, expected)
+        done = command(*script, tmp_path / "none.parquet", "--model", "lab/absent", **settings)
+        assert done.returncode == 2 and "lab/absent" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_tiles_of_the_whole_field(run, tiny_screen):
     extract(run, "--sets", "trained", "--channels", "dna", "--tiles", "full")
     table = pd.read_parquet(run / "profiles" / "trained.parquet")
@@ -275,6 +372,13 @@ def write_and_die(table, path, **kwargs):
 shards.pq.write_table = write_and_die
 import extract_profiles
 extract_profiles.main(sys.argv[1:])
+"""
+
+
+# Of several processes only the named ones die, and the script finds the project as a module does.
+KILLED_RANKS = """import os, signal, sys
+if os.environ["RANK"] not in os.environ["KILLED_RANKS"].split():
+    sys.argv[1] = "0"
 """
 
 
@@ -425,6 +529,33 @@ def test_two_processes_write_what_one_writes(run, tmp_path):
     for name in ("trained", "intensity"):
         ours, expected = (pd.read_parquet(folder / "profiles" / f"{name}.parquet") for folder in (two, run))
         pd.testing.assert_frame_equal(ours, expected)
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_killed_then_both_then_resumed(run, tmp_path):
+    """SIGKILL in the middle of a shard, of one process and of both: in the end no row is lost or doubled."""
+    flags = ("--sets", "trained", "--batch_size", 4, "--shard_fields", 8)
+    expected = Path(shutil.copytree(run, tmp_path / "expected"))
+    extract(expected, *flags)
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED.replace("import os, signal, sys", KILLED_RANKS))
+    launch = ("-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2")
+    launch += ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")
+    folder = run / "profiles" / "trained.parquet.shards"
+    kept = {}
+    for ranks in ("1", "0 1", "0"):
+        done = command(*launch, script, 3, run, *flags, ACCELERATE_USE_CPU="true", KILLED_RANKS=ranks)
+        assert done.returncode != 0
+        now = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.parquet")}
+        assert len(now) > len(kept) and kept.items() <= now.items(), "whole shards stay and are not done again"
+        kept = now
+    assert not (run / "profiles" / "trained.parquet").exists()
+    done = command(*launch, "extract_profiles.py", run, *flags, ACCELERATE_USE_CPU="true")
+    assert done.returncode == 0, done.stderr[-2000:]
+    table = pd.read_parquet(run / "profiles" / "trained.parquet")
+    pd.testing.assert_frame_equal(table, pd.read_parquet(expected / "profiles" / "trained.parquet"))
+    assert not table.duplicated(["Metadata_Plate", "Metadata_Well", "Metadata_Site"]).any()
+    assert not folder.exists()
 
 
 def test_a_launch_of_fewer_processes_than_asked_is_refused(run, monkeypatch, capsys):
