@@ -7,6 +7,7 @@ Parquet on all cores, and `BBBC021(...).download_and_prepare()` builds into the 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -94,8 +95,10 @@ class RawScreen:
         if not self.raw.is_dir():
             raise ScreenError(f"folder {self.raw} of raw images does not exist: give the folder that holds them")
         for channel in self.channels:
-            if not channel_pattern(channel) or channel in ("preview", "source") + tuple(PARTS):
+            if not channel_pattern(channel):
                 raise ScreenError(f"channel name {channel!r} cannot be a column: use letters, digits and _")
+            if channel in screen_features([]):
+                raise ScreenError(f"channel name {channel!r} is that of another column: choose another name")
         if self.image_csv is None:
             self.image_csv = self._table("BBBC021_v1_image.csv", self.raw)
         if self.moa_csv is None and self.columns == ScreenColumns():
@@ -103,6 +106,7 @@ class RawScreen:
         if self.source is None:
             self.source = self._own_source()
         table = read_screen(self.image_csv, self.moa_csv, self.columns)
+        self.plates_named = table["plate"].nunique()
         if self.plates:
             absent = sorted(set(self.plates) - set(table["plate"]))
             if absent:
@@ -154,8 +158,6 @@ class RawScreen:
 
 def natural_key(name: str) -> list:
     """Sorts numbers inside names by value."""
-    import re
-
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
@@ -186,11 +188,12 @@ class BBBC021(datasets.GeneratorBasedBuilder):
         super().__init__(cache_dir=cache_dir, config_name=config_name, screen=screen, **kwargs)
 
     def _info(self):
+        official = self.screen.source == "BBBC021v1"
         return datasets.DatasetInfo(
-            description="BBBC021: MCF7 cells under 113 compounds, three channels, 16 bits.",
+            description=f"{self.screen.source}: fields of {len(self.screen.channels)} channels.",
             features=screen_features(self.screen.channels),
-            homepage="https://bbbc.broadinstitute.org/BBBC021",
-            citation=CITATION,
+            homepage="https://bbbc.broadinstitute.org/BBBC021" if official else "",
+            citation=CITATION if official else "",
         )
 
     def _split_generators(self, dl_manager):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import resources
+from pathlib import Path
 
 from .screen import PARTS
 
@@ -17,26 +18,37 @@ BBBC021_QUIRKS = """\
   are in the part `unannotated` with an empty `moa`."""
 
 
-def count_fields(screen, records: list[dict]) -> dict:
-    """Fields a part, and what they span, of a finished build.
+def count_fields(output: Path, screen, records: list[dict]) -> dict:
+    """Fields a part, and what they span, of a finished build: counted in its shards.
 
     Parameters
     ----------
+    output : path
+        Folder of the dataset.
     screen : RawScreen
     records : list of dict
         One a plate, as the build writes them.
     """
-    rows = {part: sum(record["rows"].get(part, 0) for record in records) for part in PARTS}
-    built = {record["plate"] for record in records}
-    fields = screen.fields[screen.fields["plate"].isin(built)]
-    annotated = fields[fields["part"] == "annotated"]
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = ["treatment", "compound", "moa", "plate", "batch"]
+    tables = {part: [] for part in PARTS}
+    for record in records:
+        for part, shard in record["shards"].items():
+            tables[part].append(pq.read_table(output / shard["path"], columns=names))
+    empty = pa.table({name: pa.array([], pa.string()) for name in names})
+    tables = {part: pa.concat_tables(some) if some else empty for part, some in tables.items()}
+    rows = {part: table.num_rows for part, table in tables.items()}
+    annotated, everything = tables["annotated"], pa.concat_tables(tables.values())
     return {
         "fields": {**rows, "all": sum(rows.values())},
-        "treatments": int(annotated["treatment"].nunique()),
-        "compounds": int(annotated["compound"].nunique()),
-        "moas": int(annotated["moa"].nunique()),
-        "plates": len(built),
-        "batches": int(fields["batch"].nunique()),
+        "treatments": len(annotated["treatment"].unique()),
+        "compounds": len(annotated["compound"].unique()),
+        "moas": len(annotated["moa"].unique()),
+        "plates": len(everything["plate"].unique()),
+        "batches": len(everything["batch"].unique()),
+        "plates_named": screen.plates_named,
         "fields_named": screen.fields_named,
         "fields_absent": screen.fields_named - sum(rows.values()),
         "fields_incomplete": sum(record["fields_incomplete"] for record in records),
@@ -75,8 +87,7 @@ def dataset_card(screen, records: list[dict], counts: dict, recipe: dict) -> str
     data = DatasetCardData(
         pretty_name=screen.source,
         task_categories=["image-feature-extraction"],
-        tags=["biology", "microscopy", "cell-painting" if len(screen.channels) > 3 else "fluorescence"]
-        + (["simulated"] if simulated else []),
+        tags=["biology", "microscopy"] + (["simulated"] if simulated else []),
     )
     datasets.info.DatasetInfosDict(infos).to_dataset_card_data(data)
     MetadataConfigs(configs).to_dataset_card_data(data)
@@ -100,14 +111,16 @@ def dataset_card(screen, records: list[dict], counts: dict, recipe: dict) -> str
         "title": "A simulated screen" if simulated else screen.source,
         "notice": "**These images are simulated. No result on them is a result on cells.**\n\n" if simulated else "",
         "source": screen.source,
+        "contents": _contents(counts),
         "origin": _origin(simulated, official),
-        "parts": "\n".join(f"| `{part}` | {rows[part]:,} |" for part in (*PARTS, "all")),
+        "parts": "\n".join(f"| `{part}` | {rows[part]:,} |" for part in (*parts, "all")),
         "schema": _schema(screen.channels, 8 * (1 if steps["bits"] == 8 else 2)),
         "illumination": illumination,
-        "resize": f"Planes were resized by {steps['resize']:g} (cubic, anti-aliased: `skimage.transform.resize`)."
+        "resize": f"Planes were resized by {steps['resize']:g} (`skimage.transform.resize`, order 3, anti-aliased, as "
+        f"scikit-image does {'since 0.19' if steps['interpolation'] == 'spline' else 'before 0.19'})."
         if steps["resize"] != 1
         else "Planes keep their raw size.",
-        "quirks": BBBC021_QUIRKS if official else "- Rows are ordered by plate.",
+        "quirks": _quirks(official, screen.columns.control, counts),
         "citation": f"```bibtex\n{CITATION}```" if official else "None is known to the program that wrote this card.",
         "license": "The source page states the terms of use (https://bbbc.broadinstitute.org/BBBC021); no licence is "
         "asserted here."
@@ -119,6 +132,29 @@ def dataset_card(screen, records: list[dict], counts: dict, recipe: dict) -> str
     for name, value in slots.items():
         text = text.replace("{{" + name + "}}", value)
     return f"---\n{data.to_yaml()}\n---\n\n{text}"
+
+
+def _contents(counts: dict) -> str:
+    """What the build holds, and of how much: a screen may be built in part."""
+    held, named = counts["plates"], counts["plates_named"]
+    plates = f"{held:,} of the {named:,} plates" if held < named else f"{held:,} plate{'s' * (held > 1)}"
+    text = f"{plates}, {counts['batches']:,} batch{'es' * (counts['batches'] > 1)}"
+    if not counts["treatments"]:
+        return f"{text}; no treatment has a known mechanism of action."
+    treatments, compounds, mechanisms = (
+        f"{counts[key]:,} {word}{'s' * (counts[key] > 1)}"
+        for key, word in (("treatments", "annotated treatment"), ("compounds", "compound"), ("moas", "mechanism"))
+    )
+    return f"{text}; {treatments} of {compounds} with {mechanisms} of action."
+
+
+def _quirks(official: bool, control: str, counts: dict) -> str:
+    quirks = BBBC021_QUIRKS if official else "- Rows are ordered by plate."
+    if official and counts["plates"] < counts["plates_named"]:
+        quirks = f"Of the whole of BBBC021, of which this is a part:\n\n{quirks}"
+    if control != "DMSO":
+        quirks += f"\n- The negative control is named DMSO here, and {control} in the source."
+    return quirks
 
 
 def _origin(simulated: bool, official: bool) -> str:
@@ -143,7 +179,7 @@ def _schema(channels: list[str], bits: int) -> str:
         ("`concentration`", "float64", "in the source's unit (micromolar in BBBC021); 0 for DMSO"),
         ("`treatment`", "string", "`<compound>_<concentration>`, or DMSO"),
         ("`moa`", "string", "mechanism of action; DMSO for the control, empty where unknown"),
-        ("`batch`", "string", "the week in BBBC021"),
+        ("`batch`", "string", "plates that were made together; the week in BBBC021"),
         ("`plate`", "string", ""),
         ("`well`", "string", ""),
         ("`site`", "int32", "field of view in the well"),

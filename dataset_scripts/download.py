@@ -111,7 +111,7 @@ class Downloader:
                     f"{self.base_url}{name} does not exist ({error}): check the plate's name and --base_url, "
                     "or pass --allow_missing to go on without it"
                 ) from error
-            except (OSError, http.client.HTTPException) as error:
+            except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: an impossible length
                 problem = str(error) or type(error).__name__
                 continue
             try:
@@ -142,11 +142,20 @@ class Downloader:
     def known(self, name: str) -> dict | None:
         """Size and sha256 of a file as first fetched."""
         with self._lock:
-            return json.loads(self._manifest.read_text()).get(name) if self._manifest.is_file() else None
+            return self._hashes().get(name)
+
+    def _hashes(self) -> dict[str, dict]:
+        try:
+            return dict(json.loads(self._manifest.read_text())) if self._manifest.is_file() else {}
+        except (ValueError, TypeError) as error:
+            raise ScreenError(
+                f"{self._manifest}, the hashes of what was first fetched, is damaged ({error}): remove it to trust "
+                "what is fetched from now on"
+            ) from error
 
     def _remember(self, name: str, digest: dict) -> None:
         with self._lock:
-            manifest = json.loads(self._manifest.read_text()) if self._manifest.is_file() else {}
+            manifest = self._hashes()
             manifest[name] = digest
             partial = self._manifest.with_name(self._manifest.name + ".partial")
             partial.write_text(json.dumps(manifest, indent=1, sort_keys=True))
@@ -172,7 +181,7 @@ class Downloader:
                     return int(answer.headers.get("Content-Length") or 0)
             except _Gone:
                 return None
-            except (OSError, http.client.HTTPException) as error:
+            except (OSError, http.client.HTTPException, ValueError) as error:
                 problem = error
                 time.sleep(0 if attempt + 1 == self.attempts else self.pause * 2**attempt)
         raise ScreenError(f"{self.base_url} does not answer ({problem}): check the address and the network")

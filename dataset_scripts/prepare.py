@@ -182,7 +182,7 @@ def build_dataset(
         )
     _number_shards(output, records)
     _remove_strangers(output, records)
-    counts = count_fields(screen, records)
+    counts = count_fields(output, screen, records)
     _write_bytes(output / "README.md", dataset_card(screen, records, counts, recipe).encode())
     _write_json(output / "build.json", {"recipe": recipe, "counts": counts, "plates": records})
     shutil.rmtree(work)
@@ -269,7 +269,10 @@ def _plate_done(task: PlateTask) -> bool:
     """A plate is done if its record fits the present settings and its files are whole."""
     if not _record_of(task).is_file():
         return False
-    known = json.loads(_record_of(task).read_text())
+    try:
+        known = json.loads(_record_of(task).read_text())
+    except ValueError:  # damaged: the plate is built anew
+        return False
     files = [*known["shards"].values(), *(function["file"] for function in known["functions"].values())]
     return known["digest"] == task.digest and all(
         (task.output / file["path"]).is_file() and (task.output / file["path"]).stat().st_size == file["bytes"]

@@ -187,6 +187,13 @@ def test_manifest_is_written_first_and_checked_afterwards(server, tmp_path):
         fetcher(server, raw).fetch(name, check_archive)
 
 
+def test_a_damaged_manifest_is_named_with_the_mend(server, tmp_path):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "archives.json").write_text("[1, 2")
+    with pytest.raises(ScreenError, match="archives.json, the hashes .* is damaged .*: remove it"):
+        fetcher(server, tmp_path / "raw").fetch("BBBC021_v1_moa.csv")
+
+
 @pytest.mark.parametrize("evil", ["../escape.tif", "/escape.tif", "a/../../escape.tif", "..\\escape.tif", "C:\\e.tif"])
 def test_no_path_escapes(tmp_path, evil):
     path = tmp_path / "evil.zip"

@@ -363,6 +363,78 @@ def test_card_is_what_the_hub_reads(built):
     assert "simulated" in card.text
 
 
+def counted(rows):
+    """What a card may say of these rows of a screen, by plain counting."""
+    annotated = [row for row in rows if row["moa"] not in ("", "DMSO")]
+    return [len({row[name] for row in some}) for name, some in (
+        ("plate", rows), ("batch", rows), ("treatment", annotated), ("compound", annotated), ("moa", annotated),
+    )]  # fmt: skip
+
+
+@pytest.mark.parametrize("chosen", [None, 1, 3])
+def test_the_card_counts_what_was_built(raw, tmp_path, chosen):
+    plates = sorted({row["Image_Metadata_Plate_DAPI"] for row in table_of(raw)})
+    build_dataset(
+        raw, tmp_path / "out", plates=plates[:chosen], source="BBBC021v1", illumination=False, progress=False
+    )
+    rows = load(tmp_path / "out", "all", tmp_path).remove_columns(["dna", "tubulin", "actin", "preview"])
+    held, batches, treatments, compounds, mechanisms = counted(list(rows))
+    text = " ".join((tmp_path / "out" / "README.md").read_text().split("---\n")[-1].split())
+    said = f"{held} plates" if chosen is None else f"{held} of the 6 plates"
+    said += f", {batches} batch{'es' * (batches > 1)}; {treatments} annotated treatments of {compounds} compounds"
+    assert f"{said} with {mechanisms} mechanisms of action. Source: BBBC021v1." in text
+    assert f"Of the {len(rows)} fields that the source's table names on the plates asked for, 0 are absent" in text
+    # What is true of all of BBBC021 is not said of a part.
+    assert ("Of the whole of BBBC021, of which this is a part:" in text) == (chosen is not None)
+    counts = json.loads((tmp_path / "out" / "build.json").read_text())["counts"]
+    assert counts["fields"]["all"] == len(rows) and counts["plates"] == held and counts["plates_named"] == 6
+
+
+def test_the_card_of_another_screen_says_nothing_of_bbbc021(tmp_path):
+    from dataset_scripts import ScreenColumns
+
+    for i in range(4):
+        Image.fromarray(np.full((20, 24), 500 + i, np.uint16)).save(tmp_path / f"{i}.tif")
+    lines = [f"p1,A0{i},1,{('vehicle', 'x')[i % 2]},1,{i}.tif" for i in range(4)]
+    (tmp_path / "t.csv").write_text("P,W,S,D,C,F\n" + "\n".join(lines) + "\n")
+    columns = ScreenColumns(
+        channels={"er": ("F", None)}, plate="P", well="W", site="S", compound="D", concentration="C", replicate=None,
+        control="vehicle",
+    )  # fmt: skip
+    build_dataset(tmp_path, tmp_path / "out", image_csv=tmp_path / "t.csv", columns=columns, progress=False)
+    card = (tmp_path / "out" / "README.md").read_text()
+    text = " ".join(card.split("---\n")[-1].split())
+    assert "1 plate, 1 batch; no treatment has a known mechanism of action." in text
+    assert "The negative control is named DMSO here, and vehicle in the source." in text
+    assert "| `annotated` |" not in text and "| `unannotated` | 2 |" in text
+    for stranger in ("Caie", "taxol", "MCF7", "103", "broadinstitute", "cell-painting"):
+        assert stranger not in card, stranger
+    assert card.count("BBBC021") == 3  # examples in the description of columns
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("moa", "that of another column"), ("preview", "that of another column"), ("a b", "cannot be a column")],
+)
+def test_a_channel_must_be_a_column_of_its_own(tmp_path, name, message):
+    from dataset_scripts import RawScreen, ScreenColumns
+
+    with pytest.raises(ScreenError, match=message):
+        RawScreen(tmp_path, tmp_path / "t.csv", columns=ScreenColumns(channels={name: ("F", None)}))
+
+
+def test_a_damaged_record_of_a_plate_is_made_anew(raw, tmp_path):
+    build_dataset(raw, tmp_path / "out", progress=False)
+    content = json.loads((tmp_path / "out" / "build.json").read_text())
+    (tmp_path / "out" / ".build").mkdir()
+    (tmp_path / "out" / ".build" / "recipe").write_text(json.dumps(content["recipe"]))
+    for record in content["plates"]:
+        (tmp_path / "out" / ".build" / f"{record['plate']}.json").write_text("{")
+    (tmp_path / "out" / "build.json").unlink()
+    build_dataset(raw, tmp_path / "out", progress=False)
+    assert json.loads((tmp_path / "out" / "build.json").read_text()) == content
+
+
 def test_streaming_pushdown_and_nodes(built):
     from datasets.distributed import split_dataset_by_node
 
