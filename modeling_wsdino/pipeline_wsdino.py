@@ -3,8 +3,10 @@
 `pipeline("feature-extraction", model=<repository>, trust_remote_code=True)` finds this class in the repository itself.
 """
 
+import shutil
 import warnings
 from collections.abc import Iterator, Sized
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,6 +52,20 @@ class WSDinoFeatureExtractionPipeline(Pipeline):
     _load_video_processor = False
     _load_feature_extractor = False
     _load_tokenizer = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.device.type == "cpu" and self.model.dtype in (torch.bfloat16, torch.float16):
+            warnings.warn(
+                f"{str(self.model.dtype).removeprefix('torch.')} on a CPU is less exact than float32 and mostly slower: "
+                "float32 is the better choice here.",
+                stacklevel=2,
+            )
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """As everywhere in transformers, with this file, which the saved config names and the stock way leaves out."""
+        super().save_pretrained(save_directory, **kwargs)
+        shutil.copyfile(__file__, Path(save_directory) / "pipeline_wsdino.py")
 
     def _sanitize_parameters(
         self,

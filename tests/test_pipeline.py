@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
+from transformers import pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
 from modeling_wsdino import (
@@ -258,6 +260,27 @@ def test_half_precision_gives_float32_near_the_exact():
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_half_precision_on_a_cpu_is_warned_about():
+    model, processor = make_model(["dna"]).to(torch.bfloat16), WSDinoImageProcessor(tile_size=32)
+    with pytest.warns(UserWarning, match="bfloat16 on a CPU"):
+        WSDinoFeatureExtractionPipeline(model=model, image_processor=processor, device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_pipeline()
+
+
+def test_a_saved_pipeline_loads_again(tmp_path):
+    """What a user saves after loading a repository is a whole repository too, with the code of the pipeline."""
+    build_repository(tmp_path / "model", make_model(["dna"]), WSDinoImageProcessor(tile_size=32))
+    loaded = pipeline("feature-extraction", model=str(tmp_path / "model"), trust_remote_code=True, device="cpu")
+    loaded.save_pretrained(tmp_path / "saved")
+    again = pipeline("feature-extraction", model=str(tmp_path / "saved"), trust_remote_code=True, device="cpu")
+    (field,) = make_fields(1, 1)
+    assert again(field) == loaded(field)
+    for name in ("pipeline_wsdino.py", "modeling_wsdino.py"):
+        assert (tmp_path / "saved" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
+
+
 def test_a_compiled_model_gives_the_same_features():
     fields = make_fields(3, 1)
     pipe = make_pipeline()
