@@ -56,9 +56,9 @@ class WSDinoFeatureExtractionPipeline(Pipeline):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.device.type == "cpu" and self.model.dtype in (torch.bfloat16, torch.float16):
+            kind = str(self.model.dtype).removeprefix("torch.")
             warnings.warn(
-                f"{str(self.model.dtype).removeprefix('torch.')} on a CPU is less exact than float32 and mostly slower: "
-                "float32 is the better choice here.",
+                f"{kind} on a CPU is less exact than float32 and mostly slower: float32 is the better choice here.",
                 stacklevel=2,
             )
 
