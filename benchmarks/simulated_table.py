@@ -50,7 +50,7 @@ SCREEN = {
 SIZES = {
     # What is simulated, and the flags of every run. The small fields are the real ones at 1 / 3.2 of their resolution
     # (160 x 200 pixels once halved, for 512 x 640): as many cells a field, a crop and a tile.
-    "small": ({"scale": 1 / 3.2}, ["--preset", "demo", "--epochs", "12"]),
+    "small": ({"scale": 1 / 3.2}, ["--preset", "demo", "--epochs", "12", "--save_every", "3", "--keep", "4"]),
     "gpu": (
         {"image_size": (1024, 1280), "doses": 3},
         ["--preset", "scratch", "--mixed_precision", "bf16", "--epochs", "100", "--warmup_epochs", "5"]
@@ -65,6 +65,7 @@ MAIN = {
     "compound": ["--weak_label", "compound"],
     "moa": ["--weak_label", "moa"],
 }
+BASELINES = ("intensity", "count", "untrained", "initial")  # what no training changes
 # Fixed before any run, reported whatever they show.
 CONTROLS = {
     "shuffled": ["--weak_label", "shuffled"],  # compound labels dealt to the wrong fields: no gain expected
@@ -117,7 +118,10 @@ def _run_cell(run: Path, screen: Path, flags: list[str], seed: int) -> None:
     if (run / "results.json").exists():
         return
     train = [ROOT / "train_accelerate.py", "--resume", "--output_dir", run, "--dataset", screen, "--seed", seed]
-    steps = [[*train, *flags], [ROOT / "extract_profiles.py", run], ["-m", "evaluation_wsdino.evaluate_profiles", run]]
+    extract = [ROOT / "extract_profiles.py", run]
+    # The baselines of `compound` stand for all rows, its checkpoints for the choice of an epoch.
+    extract += ["--checkpoints"] if run.parent.name == "compound" else ["--sets", "trained"]
+    steps = [[*train, *flags], extract, ["-m", "evaluation_wsdino.evaluate_profiles", run]]
     for step in steps:
         done = subprocess.run([sys.executable, *map(str, step)], cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
@@ -133,11 +137,12 @@ def read_scores(folder: Path) -> dict[str, dict[int, dict]]:
         if not results["simulated"]:
             raise SystemExit(f"{path} is not of a simulated screen: this table is of simulated results alone.")
         if condition == "compound":
-            for name in sorted({"untrained", "initial", "intensity", "count"} & set(results["sets"])):
+            for name in sorted(set(BASELINES) & set(results["sets"])):
                 rows.setdefault(name, {})[seed] = results["sets"][name]
         if "trained" in results["sets"]:
             verdicts = [channel["collapse"]["verdict"] for channel in results["training"].values()]
-            rows.setdefault(condition, {})[seed] = {**results["sets"]["trained"], "verdicts": verdicts}
+            curve = results.get("checkpoints", [])
+            rows.setdefault(condition, {})[seed] = {**results["sets"]["trained"], "verdicts": verdicts, "curve": curve}
     return rows
 
 
@@ -167,7 +172,7 @@ def format_table(rows: dict[str, dict[int, dict]]) -> tuple[str, dict]:
         values = [100 * entry[prefix] for entry in scores.values()]
         return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
-    order = ["intensity", "count", "untrained", "initial", *MAIN, *CONTROLS]
+    order = [*BASELINES, *MAIN, *CONTROLS]
     lines = [
         "SIMULATED. NSC and NSCB in %, mean ± SD over seeds; gain in NSCB over DINO without labels, paired by seed.",
         "",
@@ -192,7 +197,68 @@ def format_table(rows: dict[str, dict[int, dict]]) -> tuple[str, dict]:
         lines.append(
             f"| {name} | {len(scores)} | {cell(scores, 'nsc')} | {cell(scores, 'nscb')} | {gain} | {p} | {bad} |"
         )
+    lines += epoch_lines(rows)
     return "\n".join(lines), numbers
+
+
+def epoch_lines(rows: dict[str, dict[int, dict]]) -> list[str]:
+    """What choosing the epoch with the test labels would have added, where a row has checkpoints of several epochs."""
+    lines = []
+    for name, scores in rows.items():
+        curves = {seed: entry["curve"] for seed, entry in scores.items() if len(entry.get("curve", [])) > 1}
+        if curves:
+            text = []
+            for prefix in ("nsc", "nscb"):
+                last = statistics.mean(100 * curve[-1][prefix] for curve in curves.values())
+                best = statistics.mean(100 * max(line[prefix] for line in curve) for curve in curves.values())
+                text.append(f"{prefix.upper()} {last:.1f} at the last epoch, {best:.1f} at each seed's best")
+            epochs = ", ".join(f"{line['epoch']:g}" for line in next(iter(curves.values())))
+            lines += [
+                "",
+                f"{name}, seeds {', '.join(map(str, curves))}, epochs {epochs}: {'; '.join(text)} "
+                "(chosen with the test labels, so not a result).",
+            ]
+    return lines
+
+
+def draw_table(numbers: dict) -> str:
+    """The table as an SVG: a dot a seed, a bar at their mean, a dashed line at the mean of DINO without labels."""
+    left, width, gap, step, top = 150, 330, 40, 22, 62
+    height = top + step * len(numbers) + 34
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + 2 * width + gap + 20} {height}" '
+        'font-family="sans-serif" font-size="13">',
+        f'<rect width="100%" height="{height}" fill="white"/>',
+        f'<text x="{left}" y="20" font-weight="bold">SIMULATED screen: a dot a seed, a bar at the mean</text>',
+    ]
+    for panel, prefix in enumerate(("nsc", "nscb")):
+        x0 = left + panel * (width + gap)
+        parts.append(f'<text x="{x0}" y="{top - 18}">{prefix.upper()} (%)</text>')
+        for percent in range(0, 101, 20):
+            x = x0 + width * percent / 100
+            parts.append(f'<line x1="{x}" x2="{x}" y1="{top - 8}" y2="{height - 26}" stroke="#ddd"/>')
+            parts.append(f'<text x="{x}" y="{height - 10}" text-anchor="middle" fill="#555">{percent}</text>')
+        if "dino" in numbers:
+            x = x0 + width * statistics.mean(numbers["dino"][prefix].values())
+            parts.append(
+                f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top - 8}" y2="{height - 26}" stroke="#555" '
+                'stroke-dasharray="4 3"/>'
+            )
+        for place, (name, row) in enumerate(numbers.items()):
+            y = top + step * place + step / 2
+            if panel == 0:
+                label = name.replace("_", " ")
+                parts.append(f'<text x="{left - 12}" y="{y + 4}" text-anchor="end">{label}</text>')
+            mean = x0 + width * statistics.mean(row[prefix].values())
+            colour = "#777" if name in BASELINES else "#0b6e99" if name in MAIN else "#b35c00"
+            parts.append(
+                f'<line x1="{mean:.1f}" x2="{mean:.1f}" y1="{y - 8}" y2="{y + 8}" stroke="{colour}" stroke-width="3"/>'
+            )
+            parts += [
+                f'<circle cx="{x0 + width * value:.1f}" cy="{y}" r="4" fill="{colour}" fill-opacity="0.55"/>'
+                for value in row[prefix].values()
+            ]
+    return "\n".join([*parts, "</svg>\n"])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -234,6 +300,7 @@ def main(argv: list[str] | None = None) -> None:
     table, numbers = format_table(rows)
     (folder / "table.json").write_text(json.dumps(numbers, indent=1) + "\n")
     (folder / "table.md").write_text(table + "\n")
+    (folder / "table.svg").write_text(draw_table(numbers))
     print(table)
 
 

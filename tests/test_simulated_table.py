@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from xml.etree import ElementTree
 
 import pytest
 from scipy.stats import ttest_rel
@@ -46,6 +47,38 @@ def test_table_from_results(tmp_path, capsys):
     numbers = json.loads((tmp_path / "table.json").read_text())
     assert numbers["compound"]["nscb"] == {"0": 0.6, "1": 0.7, "2": 0.9}
     assert list(numbers) == ["intensity", "untrained", "dino", "compound"]
+
+
+def test_the_best_epoch_is_told_beside_the_last(tmp_path, capsys):
+    curves = {0: (2, 8, 5), 1: (6, 3, 4)}
+    for seed, right in curves.items():
+        write_results(tmp_path, "compound", seed, right[-1])
+        path = tmp_path / "compound" / f"seed_{seed}" / "results.json"
+        content = json.loads(path.read_text())
+        content["checkpoints"] = [
+            {"epoch": 3.0 * (place + 1), "nsc": value / 10, "nscb": value / 20} for place, value in enumerate(right)
+        ]
+        path.write_text(json.dumps(content))
+    simulated_table.main(["--folder", str(tmp_path), "--report"])
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert "seeds 0, 1, epochs 3, 6, 9: NSC 45.0 at the last epoch, 70.0 at each seed's best" in last
+    assert "NSCB 22.5 at the last epoch, 35.0" in last and "not a result" in last
+
+
+def test_the_figure_has_a_dot_a_seed_at_its_score(tmp_path):
+    for seed, right in enumerate((3, 5)):
+        write_results(tmp_path, "dino", seed, right)
+    simulated_table.main(["--folder", str(tmp_path), "--report"])
+    root = ElementTree.parse(tmp_path / "table.svg").getroot()
+    dots = [float(dot.get("cx")) for dot in root.iter("{http://www.w3.org/2000/svg}circle")]
+    lines = {
+        text.text: float(text.get("x"))
+        for text in root.iter("{http://www.w3.org/2000/svg}text")
+        if text.text in ("0", "100")
+    }
+    assert len(dots) == 4  # two seeds in two panels; the last panel's axis is what `lines` kept
+    full = lines["100"] - lines["0"]
+    assert [round((dot - lines["0"]) / full, 3) for dot in dots[2:]] == [0.3, 0.5]
 
 
 def test_real_results_and_nothing_are_refused(tmp_path):
