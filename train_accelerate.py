@@ -66,6 +66,11 @@ from pretraining_wsdino import (
 )
 
 SIMULATED_DEMO = Path("data/simulated_demo")
+# What an operating system says of a place that the user named and nothing can be written to.
+UNWRITABLE = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
+}
 
 
 # ---------------------------------------------------------------------------------------------- what a run is given
@@ -181,7 +186,11 @@ def check_run_folder(arguments: TrainingArguments) -> None:
     if settings.exists():
         if not arguments.resume:
             raise TrainingError(f"{run} already holds a run: give --resume to continue it, or another --output_dir.")
-        changed = changed_settings(json.loads(settings.read_text())["arguments"], asdict(arguments))
+        try:
+            before = dict(json.loads(settings.read_text())["arguments"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise TrainingError(f"{settings} is damaged ({error}): give another --output_dir.") from error
+        changed = changed_settings(before, asdict(arguments))
         if changed:
             flags = ", ".join(f"--{name}" for name in changed)
             raise TrainingError(f"{run} holds a run with other settings ({flags}): give another --output_dir.")
@@ -710,7 +719,7 @@ def main(argv: list[str] | None = None) -> None:
     except (TrainingError, ScreenError, ProfileError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno not in UNWRITABLE:
             raise
         parser.exit(2, f"{parser.prog}: error: {error.filename} cannot be written ({error.strerror}).\n")
     if not finished:

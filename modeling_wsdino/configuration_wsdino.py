@@ -5,6 +5,9 @@ from dataclasses import field
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+# A config that asks for more is damaged or hostile: it is refused before anything of its size is allocated.
+MOST_WEIGHTS = 10**10
+
 
 @strict
 class WSDinoConfig(PreTrainedConfig):
@@ -61,9 +64,14 @@ class WSDinoConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "patch_size", "image_size")
-        for name in (*sizes, "layer_norm_eps", "initializer_range"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, but is {getattr(self, name)}.")
+        for name in (*sizes, "layer_norm_eps", "initializer_range", "drop_path_rate"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"{name} must be a number, but is {value!r}.")
+            if not value > 0 and name != "drop_path_rate":
+                raise ValueError(f"{name} must be positive, but is {value}.")
+            if value > 10**7:
+                raise ValueError(f"{name} is larger than 10,000,000: this config is damaged.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}: "
@@ -76,7 +84,19 @@ class WSDinoConfig(PreTrainedConfig):
             )
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate must be at least 0 and below 1, but is {self.drop_path_rate}.")
+        if not isinstance(self.channel_names, list | tuple) or not all(isinstance(n, str) for n in self.channel_names):
+            raise ValueError(f"channel_names must be a list of names, but is {self.channel_names!r}.")
         self.channel_names = list(self.channel_names)
+        block = self.hidden_size**2 * (4 + 2 * self.mlp_ratio) + 10 * self.hidden_size
+        tower = self.num_hidden_layers * block + self.hidden_size * (
+            (self.image_size // self.patch_size) ** 2 + 3 * self.patch_size**2
+        )
+        weights = tower * max(len(self.channel_names), 1)
+        if not weights <= MOST_WEIGHTS or self.num_hidden_layers > 1000:
+            raise ValueError(
+                f"{self.num_hidden_layers} blocks of width {self.hidden_size} for images of {self.image_size} pixels "
+                f"make a network of {weights:.1e} weights: at most {MOST_WEIGHTS:.0e} in 1000 blocks are built."
+            )
         if len(set(self.channel_names)) < len(self.channel_names):
             raise ValueError(f"channel_names {self.channel_names} names a channel twice: name each channel once.")
         for name in self.channel_names:

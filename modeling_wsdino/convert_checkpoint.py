@@ -15,13 +15,14 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers.utils import cached_file
 
 from .build_repository import build_repository
 from .configuration_wsdino import WSDinoConfig
 from .image_processing_wsdino import WSDinoImageProcessor
-from .modeling_wsdino import WSDinoModel, WSDinoMultiChannelModel, WSDinoPreTrainedModel
+from .modeling_wsdino import WSDinoModel, WSDinoMultiChannelModel, WSDinoPreTrainedModel, read_checkpoint
 
 # A tower's place in transformers' ViTModel, whose files keep older names than its modules, and in the original DINO.
 VIT_KEYS = (
@@ -40,6 +41,8 @@ VIT_KEYS = (
     (r"\.layernorm_after\.", ".norm2."),
     (r"^layernorm\.", "norm."),
 )
+# What transformers raises while it loads a repository whose files are cut, or do not belong together.
+UNREADABLE = (OSError, RuntimeError, TypeError, ValueError, KeyError, SafetensorError, StrictDataclassError)
 
 
 def vit_to_dino(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -88,21 +91,28 @@ def load_backbone(source: str | Path, *, network: str | None = None, **config_kw
         raise ValueError(
             f"{source} is neither a checkpoint file nor a folder or Hub id with a config.json: check the name."
         )
-    config = json.loads(Path(files["config.json"]).read_text())
+    try:
+        config = dict(json.loads(Path(files["config.json"]).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{files['config.json']} is damaged ({error}): copy it again.") from error
     kind = config.get("model_type")
     if network is not None:
         raise ValueError(f"{source} holds one network, not a teacher and a student: leave out {network}.")
     if kind == "wsdino":
         combined = "WSDinoMultiChannelModel" in (config.get("architectures") or [])
         cls = WSDinoMultiChannelModel if combined else WSDinoModel
-        # overriding through `from_pretrained` would set the values without checking them
-        return cls.from_pretrained(source, config=WSDinoConfig.from_dict(config | config_kwargs)).eval()
+        try:
+            # overriding through `from_pretrained` would set the values without checking them
+            return cls.from_pretrained(source, config=WSDinoConfig.from_dict(config | config_kwargs)).eval()
+        except UNREADABLE as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"the model {source} is damaged ({reason[:300]}): copy it again.") from error
     if kind != "vit":
         raise ValueError(f"{source} is a {kind!r} model: give a WS-DINO or ViT repository, or a DINO checkpoint.")
     if files["model.safetensors"] is not None:
-        state = load_file(files["model.safetensors"])
+        state = read_checkpoint(files["model.safetensors"])
     elif files["pytorch_model.bin"] is not None:
-        state = torch.load(files["pytorch_model.bin"], map_location="cpu", weights_only=True)
+        state = read_checkpoint(files["pytorch_model.bin"])
     else:
         raise ValueError(f"{source} has no model.safetensors or pytorch_model.bin: give a folder with weights.")
     config_kwargs.setdefault("num_attention_heads", config["num_attention_heads"])

@@ -487,8 +487,14 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def read_dino_backbone(path: str | Path, network: str | None = None) -> dict[str, torch.Tensor]:
-    """The backbone of a DINO checkpoint file under bare names, its heads left out (see `from_dino_checkpoint`)."""
+def read_checkpoint(path: str | Path) -> dict:
+    """What a `.pth`, `.bin` or `.safetensors` file holds, read without executing anything of it.
+
+    Raises
+    ------
+    ValueError
+        For a file that is none, in one sentence.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} is not a file: name a .pth or .safetensors checkpoint.")
@@ -508,6 +514,12 @@ def read_dino_backbone(path: str | Path, network: str | None = None) -> dict[str
         raise ValueError(f"{path} cannot be read as a checkpoint: {error}.") from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a state dict: save model.state_dict().")
+    return checkpoint
+
+
+def read_dino_backbone(path: str | Path, network: str | None = None) -> dict[str, torch.Tensor]:
+    """The backbone of a DINO checkpoint file under bare names, its heads left out (see `from_dino_checkpoint`)."""
+    checkpoint = read_checkpoint(path)
     if network not in (None, "teacher", "student"):
         raise ValueError(f"network must be 'teacher' or 'student', but is {network!r}.")
     choices = [name for name in ("teacher", "student") if isinstance(checkpoint.get(name), dict)]
@@ -534,6 +546,9 @@ def _config_values_of_dino_backbone(name: str, state: dict[str, torch.Tensor]) -
     fc1 = state.get("blocks.0.mlp.fc1.weight")
     if fc1 is None:
         raise ValueError(f"{name} lacks blocks.0.mlp.fc1.weight: give the whole backbone of a ViT.")
+    for key, dimensions in (("cls_token", 3), ("pos_embed", 3), ("patch_embed.proj.weight", 4)):
+        if key not in state or state[key].ndim != dimensions or not state[key].numel():
+            raise ValueError(f"{name} has no {key} of {dimensions} dimensions: give the whole backbone of a ViT.")
     hidden_size = state["cls_token"].shape[-1]
     patch_size = state["patch_embed.proj.weight"].shape[-1]
     side = math.isqrt(state["pos_embed"].shape[1] - 1)

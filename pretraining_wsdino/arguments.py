@@ -91,6 +91,32 @@ PRESETS = {
     },
 }
 
+# Smallest and largest value of each number that is bounded on both sides: beyond them lie slips of the keyboard, whose
+# arrays no machine holds, not experiments.
+LIMITS = {
+    **dict.fromkeys(("epochs", "save_every", "keep", "log_every", "stop_after_epoch"), (1, 10**7)),
+    **dict.fromkeys(("eval_every", "warmup_epochs"), (0, 10**7)),
+    **dict.fromkeys(("freeze_last_layer_epochs", "warmup_teacher_temperature_epochs"), (0, 10**7)),
+    "max_steps": (1, 10**10),
+    **dict.fromkeys(("hidden_size", "num_attention_heads", "head_hidden_dim", "head_bottleneck_dim"), (1, 65536)),
+    **dict.fromkeys(("patch_size", "num_hidden_layers"), (1, 1000)),
+    "num_prototypes": (1, 2**26),
+    **dict.fromkeys(("global_crop_size", "local_crop_size", "tile_size"), (1, 8192)),
+    "global_crops": (1, 1000),
+    "local_crops": (0, 1000),
+    **dict.fromkeys(("batch_size", "gradient_accumulation_steps"), (1, 65536)),
+    "num_threads": (1, 4096),
+    "num_workers": (0, 4096),
+    "seed": (0, 2**32 - 1),
+    **dict.fromkeys(("drop_path_rate", "center_momentum", "teacher_momentum"), (0, 1)),
+    **dict.fromkeys(("weight_decay", "final_weight_decay", "max_grad_norm", "koleo_weight"), (0, 10**6)),
+    "final_learning_rate": (0, 10**6),
+}
+POSITIVE = (
+    *("student_temperature", "teacher_temperature", "warmup_teacher_temperature", "learning_rate"),
+    "initializer_range",
+)
+
 
 @dataclass
 class TrainingArguments:
@@ -217,6 +243,10 @@ def check_arguments(arguments: TrainingArguments, patch_size: int) -> None:
         TrainingError: naming the flag and the mend.
     """
     a = arguments
+    for name, (low, high) in LIMITS.items():
+        value = getattr(a, name)
+        if value is not None and not low <= value <= high:  # so written, NaN is refused too
+            raise TrainingError(f"--{name} is {value:g}: give a number from {low:,} to {high:,}.")
     for name in ("global_crop_size", "local_crop_size", "tile_size"):
         size = getattr(a, name)
         if size < patch_size or size % patch_size:
@@ -225,46 +255,23 @@ def check_arguments(arguments: TrainingArguments, patch_size: int) -> None:
             )
     for name in ("global_crop_area", "local_crop_area"):
         check_area(f"--{name}", getattr(a, name))
-    for name in (
-        "global_crops",
-        "epochs",
-        "batch_size",
-        "gradient_accumulation_steps",
-        "num_prototypes",
-        "save_every",
-        "keep",
-        "log_every",
-    ):
-        if getattr(a, name) < 1:
-            raise TrainingError(f"--{name} is {getattr(a, name)}: give 1 or more.")
-    for name in (
-        "local_crops",
-        "eval_every",
-        "warmup_epochs",
-        "weight_decay",
-        "max_grad_norm",
-        "koleo_weight",
-        "num_workers",
-        "seed",
-        "drop_path_rate",
-    ):
-        if getattr(a, name) < 0:
-            raise TrainingError(f"--{name} is {getattr(a, name)}: give 0 or more.")
     if a.global_crops + a.local_crops < 2:
         raise TrainingError("--global_crops and --local_crops make a single view: the loss compares at least two.")
-    for name in (
-        "student_temperature",
-        "teacher_temperature",
-        "warmup_teacher_temperature",
-        "learning_rate",
-        "initializer_range",
-    ):
-        if not getattr(a, name) > 0:
+    for name in POSITIVE:
+        if not 0 < getattr(a, name) < float("inf"):
             raise TrainingError(f"--{name} is {getattr(a, name)}: give a positive number.")
-    for name in ("center_momentum", "teacher_momentum"):
-        if not 0 <= getattr(a, name) <= 1:
-            raise TrainingError(f"--{name} is {getattr(a, name)}: give a number from 0 to 1.")
-    if a.max_intensity is not None and not a.max_intensity > 0:
+    if not a.drop_path_rate < 1:
+        raise TrainingError(f"--drop_path_rate is {a.drop_path_rate}: give a number below 1.")
+    if a.init == "random" and a.hidden_size % a.num_attention_heads:
+        raise TrainingError(f"--hidden_size {a.hidden_size} is not a multiple of --num_attention_heads: choose one.")
+    head = a.head_hidden_dim * (a.hidden_size + a.head_hidden_dim + a.head_bottleneck_dim)
+    head += a.head_bottleneck_dim * a.num_prototypes
+    if head > 10**10:
+        raise TrainingError(
+            f"--num_prototypes, --head_hidden_dim and --head_bottleneck_dim make a head of {head:.1e} weights: "
+            "choose at most 1e10."
+        )
+    if a.max_intensity is not None and not 0 < a.max_intensity < float("inf"):
         raise TrainingError(f"--max_intensity is {a.max_intensity}: give a positive number of counts.")
     if a.centering not in ("mean", "sinkhorn"):
         raise TrainingError(f"--centering is {a.centering!r}: use mean or sinkhorn.")
