@@ -178,12 +178,12 @@ def resize_plane(plane: np.ndarray, new_size: tuple[int, int], interpolation: st
 def correct_plane(
     plane: np.ndarray, function: np.ndarray | None, resize: float = 0.5, interpolation: str = "spline"
 ) -> np.ndarray:
-    """Divide a raw plane by the illumination function, clip to full scale, resize, and return 16 bits again.
+    """Divide a raw plane by the illumination function, clip to full scale, resize, and return the same depth again.
 
     Parameters
     ----------
     plane : numpy.ndarray
-        `(rows, columns)` uint16.
+        `(rows, columns)` uint16 or uint8.
     function : numpy.ndarray or None
         `(rows, columns)` from :func:`illumination_function`; None divides by nothing.
     resize : float
@@ -194,16 +194,17 @@ def correct_plane(
     Returns
     -------
     numpy.ndarray
-        uint16, `(round(rows * resize), round(columns * resize))`.
+        `(round(rows * resize), round(columns * resize))`, of the plane's depth.
     """
+    depth = plane.dtype
     if function is None:
         if resize == 1:
             return plane
         corrected = plane.astype(np.float32)
     else:
         corrected = np.divide(plane, function, dtype=np.float32)
-        np.clip(corrected, 0, FULL_SCALE, out=corrected)
+        np.clip(corrected, 0, np.iinfo(depth).max, out=corrected)
     if resize != 1:
         new_size = (max(1, round(plane.shape[0] * resize)), max(1, round(plane.shape[1] * resize)))
         corrected = resize_plane(corrected, new_size, interpolation)
-    return np.rint(corrected, out=corrected).astype(np.uint16)
+    return np.rint(corrected, out=corrected).astype(depth)

@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from .illumination import correct_plane, illumination_levels
+from .illumination import FULL_SCALE, correct_plane, illumination_levels
 from .images import read_image
 from .screen import ScreenError
 
@@ -220,7 +220,9 @@ def plate_levels(
                 count += 1
             tick()
         if count >= preprocessing.minimum_images:
-            levels[channel] = illumination_levels(total / count, preprocessing.filter_size, preprocessing.border)
+            # On the scale of 16 bits also for 8: the levels are whole numbers, and 256 of them would be steps.
+            mean = total / count * (FULL_SCALE / (2**preprocessing.bits - 1))
+            levels[channel] = illumination_levels(mean, preprocessing.filter_size, preprocessing.border)
     return levels
 
 

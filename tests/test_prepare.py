@@ -532,6 +532,40 @@ def test_five_channels_of_another_screen(tmp_path, bits):
                 assert (np.asarray(image) == np.asarray(row[name])).all()
 
 
+def test_8_bit_screens_stay_8_bit_when_corrected_and_halved(tmp_path):
+    """Oracle: the steps written plainly on a scale of 0 to 1, as CellProfiler holds images of any depth."""
+    from scipy import ndimage
+    from skimage.morphology import disk
+    from skimage.transform import resize
+
+    from dataset_scripts import ScreenColumns
+
+    rng = np.random.default_rng(0)
+    light = 0.6 + 0.4 * np.linspace(0, 1, 80)[None, :] * np.linspace(0.5, 1, 64)[:, None]
+    planes = [(rng.gamma(4, 12, (64, 80)) * light).clip(0, 255).astype(np.uint8) for _ in range(10)]
+    lines = ["P,W,S,D,C,F"]
+    for i, plane in enumerate(planes):
+        Image.fromarray(plane).save(tmp_path / f"{i}.png")
+        lines.append(f"p1,A{i:02d},1,x,1,{i}.png")
+    (tmp_path / "t.csv").write_text("\n".join(lines) + "\n")
+    columns = ScreenColumns(
+        channels={"er": ("F", None)}, plate="P", well="W", site="S", compound="D", concentration="C", replicate=None
+    )
+    build_dataset(tmp_path, tmp_path / "out", image_csv=tmp_path / "t.csv", columns=columns, bits=8, progress=False)
+
+    images = np.array(planes) / 255
+    average = (images.mean(axis=0) * 65535 + 1e-6).astype(np.uint16)
+    smooth = ndimage.median_filter(average, footprint=disk(9), mode="nearest").astype(float)
+    function = np.maximum(smooth, np.sort(smooth.ravel())[int(smooth.size * 0.02)])
+    function /= function.min()
+    assert function.max() > 1.3
+    for image, row in zip(images, load(tmp_path / "out", "unannotated", tmp_path), strict=True):
+        found = np.asarray(row["er"])
+        assert row["er"].mode == "L" and found.dtype == np.uint8
+        expected = resize(np.clip(image / function, 0, 1), (32, 40), order=3, mode="symmetric") * 255
+        assert np.abs(found - expected).max() <= 0.51
+
+
 def test_the_documented_example_runs(tmp_path, monkeypatch, capsys):
     import re
     from pathlib import Path
