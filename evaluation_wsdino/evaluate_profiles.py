@@ -153,7 +153,9 @@ def _versions():
 
 def score_treatments(treatments, **options):
     """NSC and NSCB of aggregated profiles (see `aggregate_profiles`): the metric's dictionary."""
-    columns = [column for names in feature_columns(treatments).values() for column in names]
+    columns = _features(treatments)
+    if options.get("batch_rule") == "plate":
+        options["plates"] = treatments["Metadata_Plate"].tolist()
     return not_same_compound(
         treatments[columns].to_numpy(np.float64),
         treatments["Metadata_MOA"].tolist(),
@@ -554,7 +556,9 @@ def main(argv=None):
     """The command `wsdino-evaluate RUN`."""
     parser = argparse.ArgumentParser(
         prog="wsdino-evaluate",
-        description="Score the profiles of a run folder (NSC and NSCB) and write its results.json.",
+        description="Score the profiles of a run folder (NSC and NSCB) and write its results.json. Every file in its "
+        "folder profiles is a set, also one of another network: wsdino-extract --model facebook/dino-vits8 --channels "
+        "... --dataset ... --output RUN/profiles/imagenet.parquet.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("run", metavar="RUN", help="run folder with profiles/<set>.parquet")
@@ -562,9 +566,10 @@ def main(argv=None):
     parser.add_argument("--k", type=int, default=1, help="neighbours that vote")
     parser.add_argument(
         "--batch_rule",
-        choices=("median", "joined", "disjoint"),
+        choices=("median", "joined", "disjoint", "plate"),
         default="median",
-        help="the batch of a treatment seen in several: the median one, their joined name, or all of them",
+        help="the batch of a treatment seen in several: the median one, their joined name, or all of them; plate: "
+        "other plates suffice, also of the same batch",
     )
     parser.add_argument(
         "--whitening",

@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import binomtest
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from evaluation_wsdino import ProfileError
+from evaluation_wsdino import ProfileError, aggregate_profiles, normalize_profiles
 from evaluation_wsdino.evaluate_profiles import (
     collapse_verdict,
     control_batch_effect,
@@ -177,6 +177,26 @@ def test_a_small_screen_is_scored_on_one_thread_and_the_pools_are_left_as_they_w
         monkeypatch.setattr("evaluation_wsdino.evaluate_profiles.ONE_THREAD_BELOW", 100)
         evaluate_set(profiles, Watching(), details=False)
         assert seen and all(threads == set(before) for threads in seen)
+
+
+def test_the_plate_rule_admits_neighbours_of_the_same_batch(run, capsys):
+    """By brute force: of another compound, on no plate of the query's; the single-batch MOA stays left out."""
+    profiles = pd.read_parquet(run / "profiles" / "trained.parquet")
+    treatments = aggregate_profiles(normalize_profiles(profiles, TypicalVariationNormalizer()))
+    vectors = treatments[[name for name in treatments if not name.startswith("Metadata_")]].to_numpy()
+    moas, compounds = treatments["Metadata_MOA"].tolist(), treatments["Metadata_Compound"].tolist()
+    plates = [set(names.split("|")) for names in treatments["Metadata_Plate"]]
+    right = total = 0
+    kept = [i for i, moa in enumerate(moas) if moa != "Kinase inhibitors"]
+    for i in kept:
+        others = [j for j in kept if compounds[j] != compounds[i] and not plates[i] & plates[j]]
+        best = max(others, key=lambda j: vectors[i] @ vectors[j])
+        right, total = right + (moas[best] == moas[i]), total + 1
+    main([str(run), "--batch_rule", "plate"])
+    results = json.loads((run / "results.json").read_text())
+    scores = results["sets"]["trained"]
+    assert (scores["nscb_correct"], scores["nscb_total"]) == (right, total)
+    assert results["protocol"]["batch_rule"] == "plate"
 
 
 def test_checkpoints_are_scored_together_in_order(run):

@@ -538,3 +538,13 @@ def test_the_page_scores_a_csv(app, tmp_path):
     path.write_text("moa,compound,batch,name\nx,a,w,text\n")
     with pytest.raises(ValueError, match="no column of numbers"):
         app.score_file(path)
+
+
+def test_batches_may_be_called_anything():
+    """Digits that are no decimal numbers (superscripts, circled) are letters; Arabic-Indic ones are numbers."""
+    profiles = np.eye(4)[:, :3] + 0.1
+    names = ["²", "Week1²|Week٣", "①", "week 10|week 9|week ½"]
+    moas, compounds = ["a", "a", "b", "b"], ["c1", "c2", "c3", "c4"]
+    strange = not_same_compound(profiles, moas, compounds, names)
+    plain = not_same_compound(profiles, moas, compounds, ["w", "x|y", "v", "r|s|t"])
+    assert strange["nscb_queries"] == plain["nscb_queries"]

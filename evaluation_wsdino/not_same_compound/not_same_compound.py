@@ -79,7 +79,7 @@ _LEAST_ROWS = 128  # fewer rows a product would waste the processor
 
 def _natural_key(name):
     """Sort key that puts Week2 before Week10."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
 
 
 def _choice(name, value, allowed):
