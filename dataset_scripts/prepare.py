@@ -127,6 +127,16 @@ def build_dataset(
     from .bbbc021 import RawScreen
 
     output, raw = Path(output), Path(raw)
+    if not 0.01 <= resize <= 4:
+        raise ScreenError(f"resize is {resize}: give a factor of both sides from 0.01 to 4")
+    if filter_size is not None and not 1 <= filter_size <= 10_000:
+        raise ScreenError(f"filter_size is {filter_size}: give a size of 1 to 10,000 pixels")
+    if workers is not None and workers < 1:
+        raise ScreenError(f"workers is {workers}: give 1 or more processes")
+    if downloads < 1:
+        raise ScreenError(f"downloads is {downloads}: give 1 or more archives at a time")
+    if plates is not None and not plates:
+        raise ScreenError("plates names none: name at least one, or leave it out for all")
     downloader, fetched = None, 0
     if download:
         downloader = Downloader(base_url, raw)
@@ -134,12 +144,6 @@ def build_dataset(
             # The compound table is of no use here, and some copies of the screen lack it.
             if name != "BBBC021_v1_compound.csv" or downloader.sizes([name])[name] is not None:
                 downloader.fetch(name)
-    if not 0.01 <= resize <= 4:
-        raise ScreenError(f"resize is {resize}: give a factor of both sides from 0.01 to 4")
-    if filter_size is not None and not 1 <= filter_size <= 10_000:
-        raise ScreenError(f"filter_size is {filter_size}: give a size of 1 to 10,000 pixels")
-    if workers is not None and workers < 1:
-        raise ScreenError(f"workers is {workers}: give 1 or more processes")
     preprocessing = Preprocessing(illumination, filter_size, border, resize, interpolation, bits=bits)
     screen = RawScreen(
         raw,
@@ -446,7 +450,7 @@ def _run(tasks, workers, progress, downloader=None, downloads=1, keep_raw=False)
 
 def _work_off(tasks, pool, workers, bar, ticks, downloader, downloads, keep_raw) -> list[ScreenError]:
     """Build every task; returns the errors of single plates that others need not stop for (when downloading)."""
-    fetchers = ThreadPoolExecutor(max(downloads, 1))
+    fetchers = ThreadPoolExecutor(downloads)
     waiting, fetching, building, failures = deque(tasks), {}, {}, []
     try:
         while waiting or fetching or building:
@@ -620,7 +624,7 @@ def main(argv=None) -> None:
             resize=args.resize,
             interpolation=args.interpolation,
             bits=args.bits,
-            plates=[name for name in args.plates.split(",") if name] if args.plates else None,
+            plates=None if args.plates is None else [name for name in args.plates.split(",") if name],
             source=args.source,
             download=args.download,
             base_url=args.base_url,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import gzip
 import json
 import os
 import uuid
@@ -468,8 +469,6 @@ def _write_tables(folder: Path, wells: list[dict], rng: np.random.Generator) -> 
 
 
 def _copy_table(source, target: Path) -> None:
-    import gzip
-
     content = Path(source).read_bytes()
     target.write_bytes(gzip.decompress(content) if str(source).endswith(".gz") else content)
 
@@ -500,7 +499,8 @@ def main(argv=None) -> None:
         )
     except (ScreenError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
-    print(f"{folder}: simulated screen, seed {args.seed}, size {args.size}")
+    what = f"the plates of {args.plate_map[0]}" if args.plate_map else f"size {args.size}"
+    print(f"{folder}: simulated screen, seed {args.seed}, {what}")
 
 
 if __name__ == "__main__":

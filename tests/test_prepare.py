@@ -208,6 +208,26 @@ def test_command_names_the_mend(tmp_path, capsys):
     assert "does not exist" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--plates", "", "plates names none"),
+        ("--plates", ",", "plates names none"),
+        ("--downloads", "0", "downloads is 0"),
+        ("--workers", "0", "workers is 0"),
+        ("--resize", "nan", "resize is nan"),
+        ("--filter_size", "inf", "filter_size is inf"),
+    ],
+)
+def test_impossible_settings_are_refused_before_anything_is_fetched(tmp_path, capsys, flag, value, message):
+    folders = ["--raw", str(tmp_path / "raw"), "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as ended:
+        main([*folders, "--download", "--base_url", "http://127.0.0.1:9/", flag, value])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def copy_of(raw, folder, rows=24):
     """A small copy of a screen: its first rows only."""
     folder.mkdir()
