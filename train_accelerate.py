@@ -29,6 +29,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import set_seed
 from datasets import load_dataset
+from datasets.exceptions import DatasetsError
 from filelock import FileLock
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -132,8 +133,9 @@ def load_screen(arguments: TrainingArguments, accelerator: Accelerator):
     with accelerator.local_main_process_first():
         try:
             dataset = load_dataset(path, arguments.part, split="train")
-        except (ValueError, OSError) as error:
-            raise TrainingError(f"--dataset {path} --part {arguments.part} cannot be loaded: {error}") from error
+        except (ValueError, OSError, DatasetsError) as error:
+            reason = str(error.__cause__ or error).split("\n")[0]  # the library wraps what names the damage
+            raise TrainingError(f"--dataset {path} --part {arguments.part} cannot be loaded: {reason}") from error
     if len(dataset) == 0:
         raise TrainingError(f"--dataset {path} --part {arguments.part} is empty: choose another part.")
     missing = [channel for channel in arguments.channels if channel not in dataset.column_names]
@@ -291,14 +293,15 @@ class ChannelRun:
         groups = {name: dataset[name] for name in ("plate", "batch") if name in columns}
         if {"plate", "well"} <= set(columns):
             groups["well"] = [f"{plate}/{well}" for plate, well in zip(dataset["plate"], dataset["well"], strict=True)]
+        constraint, anchor_group = self._usable_groups(groups)
         self.pairs = WeakLabelPairSampler(
             None if a.weak_label == "none" else dataset[a.weak_label],
             num_images=len(dataset),
             groups=groups,
-            constraint=a.pair_constraint,
+            constraint=constraint,
             unlabelled=a.unlabelled,
             eligible=self._eligible(dataset),
-            anchor_group=a.anchor_group,
+            anchor_group=anchor_group,
             seed=a.seed,
         )
         self.global_batch = a.batch_size * a.gradient_accumulation_steps * self.accelerator.num_processes
@@ -314,6 +317,20 @@ class ChannelRun:
             CropSpec(a.local_crops, a.local_crop_size, tuple(a.local_crop_area)),
             seed=a.seed,
         )
+
+    def _usable_groups(self, groups: dict) -> tuple[str, str]:
+        """`--pair_constraint` and `--anchor_group`; a preset's are loosened where the dataset names no such groups."""
+        a, preset = self.arguments, preset_arguments(self.arguments.preset)
+        given = {"pair_constraint": a.pair_constraint, "anchor_group": a.anchor_group}
+        loose = {"pair_constraint": "image", "anchor_group": "none"}
+        for name, value in given.items():
+            if value == preset.get(name) and value in ("well", "plate", "batch") and value not in groups:
+                given[name] = loose[name]
+                self.accelerator.print(
+                    f"{self.channel}: the dataset names no {value}, so --{name} {loose[name]} is used in place of the "
+                    f"preset's {value}."
+                )
+        return given["pair_constraint"], given["anchor_group"]
 
     def _eligible(self, dataset) -> list[bool] | None:
         """Which fields may train: all but those of the compounds held out."""

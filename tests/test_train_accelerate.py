@@ -12,12 +12,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from accelerate import Accelerator
+from datasets import Dataset
+from PIL import Image
 from safetensors.torch import load_file
+from transformers import AutoModel
 
 import train_accelerate
 
@@ -450,6 +454,24 @@ def test_the_whole_way_through_real_commands(tmp_path):
     assert results["simulated"] is True
     report = (run / "report.html").read_text()
     assert "simulated" in report.lower() and "http://" not in report.replace("http://www.w3.org", "")
+
+
+def test_any_dataset_with_images_and_a_label_trains(tmp_path, capsys):
+    """A newcomer's own: 8-bit planes of a channel of any name and a label, no plate, batch, compound or control."""
+    random = np.random.default_rng(0)
+    images = [Image.fromarray(random.integers(0, 255, (66, 90), dtype=np.uint8)) for _ in range(12)]
+    own = Dataset.from_dict({"er": images, "gene": ["TP53", "MYC", "none"] * 4})
+    own.cast_column("er", datasets.Image()).to_parquet(tmp_path / "screen" / "default" / "train.parquet")
+    flags = ["--part", "default", "--channels", "er", "--weak_label", "gene", "--max_steps", "2"]
+    train(tmp_path / "screen" / "default", tmp_path / "run", *flags)
+    printed = capsys.readouterr().out
+    assert "names no plate, so --pair_constraint image" in printed and "--anchor_group none" in printed
+    model = AutoModel.from_pretrained(tmp_path / "run" / "er" / "model", trust_remote_code=True)
+    assert model.config.channel_names == ["er"]
+    processor = json.loads((tmp_path / "run" / "er" / "model" / "preprocessor_config.json").read_text())
+    assert processor["max_intensity"] == 255.0
+    train(tmp_path / "screen" / "default", tmp_path / "run", *flags[:-1], "3", "--resume")
+    assert lines(tmp_path / "run", "er")[-1]["step"] == 3
 
 
 def test_two_demos_that_start_at_once_simulate_one_screen(tmp_path, monkeypatch, tiny_screen):
