@@ -285,13 +285,20 @@ def load_network(source: str | Path, **config_kwargs) -> WSDinoModel | WSDinoMul
 
 
 def load_image_processor(source: str | Path, model: WSDinoModel | WSDinoMultiChannelModel) -> WSDinoImageProcessor:
-    """The repository's own image processor; for networks of other layouts, four tiles of the size they know."""
+    """The repository's own image processor; for networks of other layouts, four tiles of the size they know.
+
+    Raises:
+        TrainingError: there is one, but it is damaged; others' tiles would give other features.
+    """
+    file = Path(source) / "preprocessor_config.json"
     try:
         own = WSDinoImageProcessor.get_image_processor_dict(source)[0]
-    except (ValueError, OSError):
-        own = {}
-    if own.get("image_processor_type") == "WSDinoImageProcessor":
-        return WSDinoImageProcessor.from_dict(own)
+        if own.get("image_processor_type") == "WSDinoImageProcessor":
+            return WSDinoImageProcessor.from_dict(own)
+    except (ValueError, OSError, TypeError, AttributeError) as error:
+        if file.is_file():
+            reason = str(error).split("\n")[0]
+            raise TrainingError(f"{file} is damaged ({reason}): copy the model again.") from error
     return WSDinoImageProcessor(tile_size=model.config.image_size)
 
 

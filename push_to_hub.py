@@ -53,7 +53,32 @@ def read_json(path: Path, mend: str) -> dict:
         raise PushError(f"{path} is missing: {mend}.") from None
     except ValueError as error:
         raise PushError(f"{path} is not JSON ({error}): {mend}.") from error
+    if not isinstance(content, dict):
+        raise PushError(f"{path} holds a {type(content).__name__}, not an object: {mend}.")
     return content
+
+
+def read_results(run: Path) -> dict:
+    """A run's results.json with all that the cards show."""
+    path, mend = run / "results.json", f"run wsdino-evaluate {run} first, for the cards show measured results alone"
+    results = read_json(path, mend)
+    sets = results.get("sets")
+    whole = {"simulated", "sources", "headline", "counts", "protocol", "comparisons"} <= results.keys()
+    if not whole or not isinstance(sets, dict) or not all(isinstance(part, dict) for part in sets.values()):
+        raise PushError(f"{path} is not what wsdino-evaluate writes: {mend}.")
+    return results
+
+
+def read_config(folder: Path) -> dict:
+    """The config.json of a model with the numbers that its name and card show."""
+    path, mend = folder / "config.json", "build the model's repository again"
+    config = read_json(path, mend)
+    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size"):
+        if not isinstance(config.get(name), int):
+            raise PushError(f"{path} has no {name} that is a whole number: {mend}.")
+    if not isinstance(config.get("channel_names"), list) or not config["channel_names"]:
+        raise PushError(f"{path} names no channel: {mend}.")
+    return config
 
 
 def architecture_name(config: dict) -> str:
@@ -107,15 +132,13 @@ def build_repositories(
     """
     if not run.is_dir():
         raise PushError(f"{run} is not a folder: name a run folder, like runs/demo.")
-    results = read_json(
-        run / "results.json", f"run wsdino-evaluate {run} first, for the cards show measured results alone"
-    )
+    results = read_results(run)
     folders = {
         path.parent.name: path for path in sorted(run.glob("*/model")) if (path / "model.safetensors").is_file()
     }
     if not folders:
         raise PushError(f"{run} holds no trained model: finish its training first.")
-    first = read_json(next(iter(folders.values())) / "config.json", "build the model's repository again")
+    first = read_config(next(iter(folders.values())))
     slug, words = dataset_names(results)
     name = name or f"wsdino-{architecture_name(first)}-{slug}"
     repositories = []
@@ -155,7 +178,7 @@ def build_repositories(
             shutil.copytree(source, repository.folder, ignore=shutil.ignore_patterns("__pycache__", "*.partial", ".*"))
             card = model_card(
                 results,
-                read_json(source / "config.json", "build the model's repository again"),
+                read_config(source),
                 read_json(source / "preprocessor_config.json", "build the model's repository again"),
                 repo_id=repository.repo_id,
                 dataset_id=dataset_id,

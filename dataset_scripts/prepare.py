@@ -275,13 +275,13 @@ def _plate_done(task: PlateTask) -> bool:
         return False
     try:
         known = json.loads(_record_of(task).read_text())
-    except ValueError:  # damaged: the plate is built anew
+        files = [*known["shards"].values(), *(function["file"] for function in known["functions"].values())]
+        return known["digest"] == task.digest and all(
+            (task.output / file["path"]).is_file() and (task.output / file["path"]).stat().st_size == file["bytes"]
+            for file in files
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):  # damaged: the plate is built anew
         return False
-    files = [*known["shards"].values(), *(function["file"] for function in known["functions"].values())]
-    return known["digest"] == task.digest and all(
-        (task.output / file["path"]).is_file() and (task.output / file["path"]).stat().st_size == file["bytes"]
-        for file in files
-    )
 
 
 def _write_json(path: Path, content) -> None:

@@ -88,7 +88,9 @@ def load_run(folder, dataset=None):
         raise ProfileError(f"{path} does not exist: run wsdino-evaluate {folder} first.")
     results = _load_json(path)
     needed = {"simulated", "sources", "headline", "counts", "protocol", "sets", "versions"}
-    if not isinstance(results, dict) or results.get("format") != 1 or needed - set(results) or not results["sets"]:
+    whole = isinstance(results, dict) and results.get("format") == 1 and needed <= set(results)
+    sets = results["sets"] if whole and isinstance(results["sets"], dict) else {}
+    if not sets or not all(isinstance(part, dict) for part in sets.values()):
         raise ProfileError(f"{path} is not a result of this version of wsdino-evaluate: run it again.")
     pictures = {}
     for picture in sorted(folder.glob("pictures/*.png")):

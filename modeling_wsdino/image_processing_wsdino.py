@@ -72,6 +72,8 @@ class WSDinoImageProcessor(BaseImageProcessor):
         if tiles not in TILE_LAYOUTS:
             raise ValueError(f"tiles must be one of {', '.join(TILE_LAYOUTS)}, but is {tiles!r}.")
         for name, value in (("tile_size", tile_size), ("tile_grid", tile_grid), ("max_intensity", max_intensity)):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"{name} must be a number, but is {value!r}.")
             if not value > 0:
                 raise ValueError(f"{name} must be positive, but is {value}.")
         self.tiles = tiles

@@ -221,6 +221,24 @@ class WSDinoPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": WSDinoLayer, "attentions": WSDinoAttention}
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        """The model of a folder or Hub id, of the class that its config names, one tower or combined.
+
+        `AutoModel` chooses by the config's class, which both share, and so takes for the second model of a process the
+        class of the first where their folders are called alike; its weights would stay random then.
+        """
+        known = config
+        if known is None and pretrained_model_name_or_path is not None:
+            names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+            where = {name: kwargs[name] for name in names if name in kwargs}
+            known = cls.config_class.from_pretrained(pretrained_model_name_or_path, **where)
+        named = getattr(known, "architectures", None) or [cls.__name__]
+        classes = {tower.__name__: tower for tower in (WSDinoModel, WSDinoMultiChannelModel)}
+        right = cls if cls.__name__ in named else classes.get(named[0], cls)
+        load = super(WSDinoPreTrainedModel, right).from_pretrained
+        return load(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """DINO's initialisation: truncated normals and zero biases; the patch kernel starts as PyTorch's."""
@@ -507,7 +525,7 @@ def read_checkpoint(path: str | Path) -> dict:
                 checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
         raise ValueError(
-            f"{path} cannot be read safely as a PyTorch checkpoint ({str(error).splitlines()[0]}): "
+            f"{path} cannot be read safely as a PyTorch checkpoint ({[*str(error).splitlines(), 'it is empty'][0]}): "
             "save it again as a plain state dict."
         ) from error
     except Exception as error:  # safetensors raises its own error class, which derives from Exception alone

@@ -7,6 +7,7 @@ Protocol: Ljosa et al. 2013 (NSC), Ando et al. 2017 (NSCB), Cross-Zamirski et al
 This file needs numpy, and `evaluate` and `datasets` for the metric class; it is what a metric Space holds.
 """
 
+import numbers
 import re
 
 import datasets
@@ -321,7 +322,7 @@ def not_same_compound(
     _choice("exclude", exclude, ("single_batch", "unanswerable", "none"))
     _choice("ties", ties, ("pessimistic", "first"))
     _choice("invalid", invalid, ("error", "wrong", "exclude"))
-    if isinstance(k, bool) or int(k) != k or k < 1:
+    if isinstance(k, bool) or not isinstance(k, numbers.Real) or not 1 <= k < float("inf") or int(k) != k:
         raise ValueError(f"k is {k!r}: give a whole number of neighbours, at least 1.")
     try:
         profiles = np.asarray(profiles, dtype=np.float64)
