@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
-from transformers import pipeline
+from transformers import AutoModel, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
 from modeling_wsdino import (
@@ -260,6 +260,21 @@ def test_half_precision_gives_float32_near_the_exact():
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("order", [("one", "three"), ("three", "one")])
+def test_a_channel_and_the_combined_model_load_in_one_process(order, tmp_path):
+    """Of a run, both lie in folders called `model`: their code is one module then, and transformers, which goes by the
+    config's class, would give the second the class of the first, and so random weights."""
+    models = {"one": make_model(["dna"], seed=1), "three": make_model(CHANNELS, seed=2)}
+    (field,) = make_fields(1, 3)
+    for name in order:
+        folder = build_repository(tmp_path / name / "model", models[name], WSDinoImageProcessor(tile_size=32))
+        own = field[:1] if name == "one" else field
+        loaded = pipeline("feature-extraction", model=str(folder), trust_remote_code=True, device="cpu")
+        np.testing.assert_allclose(loaded(own), plain_features(models[name], own), atol=2e-5)
+        auto = AutoModel.from_pretrained(folder, trust_remote_code=True)
+        assert type(auto).__name__ == type(models[name]).__name__
+
+
 def test_half_precision_on_a_cpu_is_warned_about():
     model, processor = make_model(["dna"]).to(torch.bfloat16), WSDinoImageProcessor(tile_size=32)
     with pytest.warns(UserWarning, match="bfloat16 on a CPU"):
