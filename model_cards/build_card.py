@@ -19,7 +19,11 @@ SET_NAMES = {
 RECIPE = {
     "weak_label": "weak label",
     "pair_constraint": "partner differs in",
+    "anchor_group": "anchors of a step share",
+    "exclude_compounds": "compounds kept out",
     "init": "starting weights",
+    "initializer_range": "SD of random weights",
+    "whiten_patches": "whitened patch embedding",
     "epochs": "epochs of the schedules",
     "stop_after_epoch": "stopped after epoch",
     "max_steps": "stopped after step",
@@ -28,9 +32,18 @@ RECIPE = {
     "learning_rate": "learning rate, peak",
     "final_learning_rate": "learning rate, end",
     "weight_decay": "weight decay",
+    "final_weight_decay": "weight decay, end",
+    "global_crops": "global crops",
+    "global_crop_size": "their side, pixels",
+    "global_crop_area": "their share of the field",
+    "local_crops": "local crops",
+    "local_crop_size": "their side, pixels",
+    "local_crop_area": "their share of the field",
     "student_temperature": "student temperature",
     "teacher_temperature": "teacher temperature",
+    "centering": "targets kept apart by",
     "center_momentum": "centre momentum",
+    "koleo_weight": "weight of KoLeo",
     "teacher_momentum": "teacher momentum, start",
     "num_prototypes": "prototypes",
     "drop_path_rate": "drop path of the student",
@@ -95,9 +108,13 @@ def model_card(
         selection=_selection_words(settings.get("arguments") or {}),
         monitors=_monitor_words(results.get("training") or {}, channels),
         results=_results_table(scores),
-        protocol="; ".join(f"{key.replace('_', ' ')} {value}" for key, value in results["protocol"].items()),
+        protocol="; ".join(
+            f"{key.replace('_', ' ')} {value}" for key, value in results["protocol"].items() if value is not None
+        ),
         comparison=_comparison_words(results) if combined else "",
-        intensity=f"16-bit, clipped at {processor['max_intensity']:,.0f}",
+        depth="8-bit" if processor["max_intensity"] <= 255 else "16-bit",
+        scope=_SIMULATED_SCOPE if simulated else _MEASURED_SCOPE,
+        intensity=f"clipped at {processor['max_intensity']:,.0f}",
     )
     init = (settings.get("arguments") or {}).get("init")
     data = ModelCardData(
@@ -128,6 +145,11 @@ _SIMULATED_NOTICE = (
     "> **Simulated data.** This model was trained and scored on drawn cells, to demonstrate the software. Its figures "
     "say nothing about real cells, and its features are of no use for them.\n\n"
 )
+
+
+# What a model was trained on, as the first of its limits.
+_SIMULATED_SCOPE = "Trained on cells drawn by a program"
+_MEASURED_SCOPE = "Trained on one screen: its assay, its cells and its microscope's intensities"
 
 
 def _eval_results(
@@ -190,10 +212,22 @@ def _comparison_words(results: dict) -> str:
 def _recipe_table(arguments: dict) -> str:
     if not arguments:
         return "The run kept no record of its settings."
+    unused = ({"center_momentum"} if arguments.get("centering") == "sinkhorn" else set()) | (
+        {"initializer_range", "whiten_patches"} if arguments.get("init", "random") != "random" else set()
+    )
     rows = [
-        f"| {words} | {arguments[name]} |" for name, words in RECIPE.items() if arguments.get(name) not in (None, "")
+        f"| {words} | {_setting_words(arguments[name])} |"
+        for name, words in RECIPE.items()
+        if name not in unused and arguments.get(name) not in (None, "", [])
     ]
     return "\n".join(["| setting | value |", "|---|---|", *rows])
+
+
+def _setting_words(value) -> str:
+    """A setting as a reader writes it: yes or no, and the ends of a range."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def _selection_words(arguments: dict) -> str:

@@ -300,7 +300,7 @@ def test_mistakes_end_the_command_with_status_2_and_one_sentence(run, tmp_path, 
 
 def card_of(results, channels, **more):
     config = {"channel_names": channels, "hidden_size": 384, "num_hidden_layers": 12, "patch_size": 8}
-    processor = {"tile_size": 224, "tile_grid": 2, "tiles": "paper", "max_intensity": 10_000}
+    processor = {"tile_size": 224, "tile_grid": 2, "tiles": "paper", "max_intensity": more.pop("limit", 10_000)}
     return model_card(results, config, processor, **({"repo_id": "lab/name", "dataset_name": "BBBC021v1"} | more))
 
 
@@ -342,6 +342,32 @@ def test_a_card_of_simulated_data_says_so_first():
     }
     assert "- dna: suspect: the targets hardly differ." in card.text
     assert ModelCard(metric_card("lab/not_same_compound")).data.to_dict()["sdk"] == "static"
+
+
+def test_a_card_tells_the_recipe_that_ran_and_no_setting_that_had_no_effect():
+    results = make_results()
+    arguments = results["settings"]["arguments"]
+    arguments |= {"centering": "sinkhorn", "center_momentum": 0.8, "koleo_weight": 0.02, "whiten_patches": True}
+    arguments |= {"exclude_compounds": ["taxol", "AZ-C"], "local_crop_area": [0.04, 0.08], "anchor_group": "plate"}
+    results["protocol"]["aligned_by"] = None
+    text = card_of(results, ["dna"])
+    for row in (
+        "| targets kept apart by | sinkhorn |",
+        "| weight of KoLeo | 0.02 |",
+        "| whitened patch embedding | yes |",
+        "| compounds kept out | taxol, AZ-C |",
+        "| their share of the field | 0.04, 0.08 |",
+        "| anchors of a step share | plate |",
+    ):
+        assert row in text, row
+    assert "centre momentum" not in text and "aligned by" not in text and "None" not in text
+    assert "Trained on cells drawn by a program" in text
+    arguments |= {"init": "facebook/dino-vits8", "centering": "mean", "exclude_compounds": []}
+    results["simulated"] = False
+    text = card_of(results, ["dna"])
+    assert "| centre momentum | 0.8 |" in text and "whitened" not in text and "kept out" not in text
+    assert "Trained on one screen" in text and "raw 16-bit intensities" in text
+    assert "raw 8-bit intensities" in card_of(results, ["dna"], limit=255)
 
 
 def test_nothing_scored_is_a_dash_and_no_metadata():
