@@ -78,6 +78,8 @@ class RawScreen:
         Default: what `simulation.json` in `raw` says, else "BBBC021v1", or the folder's name for other columns.
     to_come : bool
         The images are still to be downloaded: do not look for them yet.
+    progress : bool
+        Show a bar where looking for the images takes long.
     """
 
     raw: Path
@@ -89,6 +91,7 @@ class RawScreen:
     plates: list[str] | None = None
     source: str | None = None
     to_come: bool = False
+    progress: bool = False
 
     def __post_init__(self):
         self.raw = Path(self.raw)
@@ -140,7 +143,9 @@ class RawScreen:
         self.fields, self.image_size = table.reset_index(drop=True), None
         if self.to_come:
             return
-        present = present_images(table, self.raw, self.channels, self.allow_missing, str(self.image_csv))
+        present = present_images(
+            table, self.raw, self.channels, self.allow_missing, str(self.image_csv), self.progress
+        )
         self.fields = table[present.any(axis=1)].reset_index(drop=True)
         if self.fields.empty:
             raise ScreenError(f"{self.raw} holds none of the {present.size} images of {self.image_csv}: nothing to do")

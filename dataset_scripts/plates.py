@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from PIL import Image
+from tqdm.auto import tqdm
 
 from .illumination import FULL_SCALE, correct_plane, illumination_levels
 from .images import read_image
@@ -69,18 +70,26 @@ def find_file(raw: Path, file: str) -> Path | None:
 
 
 def present_images(
-    fields: pd.DataFrame, raw: Path, channels: list[str], allow_missing: bool, table: str
+    fields: pd.DataFrame, raw: Path, channels: list[str], allow_missing: bool, table: str, progress: bool = False
 ) -> pd.DataFrame:
     """Which images of the fields lie under `raw`: one bool a field and channel.
+
+    With `progress`, a bar is shown once it has taken two seconds, as it does on a cold or distant disk.
 
     Raises
     ------
     ScreenError
         One is absent, unless `allow_missing`.
     """
-    paths = pd.DataFrame(
-        {c: [find_file(raw, file) for file in fields[f"{c}_file"]] for c in channels}, index=fields.index, dtype=object
-    )
+    bar = tqdm(total=len(fields) * len(channels), desc="looking for images", disable=not progress, delay=2)
+    paths = pd.DataFrame(index=fields.index, columns=channels, dtype=object)
+    with bar:
+        for channel in channels:
+            found = []
+            for file in fields[f"{channel}_file"]:
+                found.append(find_file(raw, file))
+                bar.update()
+            paths[channel] = found
     present = paths.notna()
     found = paths.stack().dropna()
     twice = found[found.duplicated(keep=False)]

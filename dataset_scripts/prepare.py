@@ -155,6 +155,7 @@ def build_dataset(
         plates,
         source,
         to_come=download,
+        progress=progress,
     )
     recipe = {"preprocessing": asdict(preprocessing), "channels": screen.channels, "source": screen.source}
     work = output / ".build"
