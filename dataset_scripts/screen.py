@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -234,9 +236,16 @@ def _read_csv(path: Path, what: str) -> pd.DataFrame:
     if not path.is_file():
         raise ScreenError(f"{what} {path} does not exist: give its path (plain or .gz)")
     try:
-        return pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError, EOFError) as error:
-        raise ScreenError(f"{what} {path} cannot be read as CSV ({error}): fetch it again") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)  # of rows that are longer than the header
+            table = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
+    except (ValueError, OSError, EOFError, zlib.error, pd.errors.ParserWarning) as error:
+        reason = " ".join(str(error).split())
+        raise ScreenError(f"{what} {path} cannot be read as CSV ({reason}): fetch it again") from error
+    short = table.isna().any(axis=1)  # empty cells are text here, so only those that the line lacks
+    if short.any():
+        raise ScreenError(f"{what} {path}, line {int(short.idxmax()) + 2}: fewer values than columns: fetch it again")
+    return table
 
 
 def _require(table: pd.DataFrame, columns, path) -> None:
