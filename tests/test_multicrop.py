@@ -74,6 +74,14 @@ def test_crops_keep_float32_under_autocast():
     torch.testing.assert_close(inside, resize_windows(windows, *arguments), atol=1e-7, rtol=0)
 
 
+def test_another_device_than_a_processor(monkeypatch):
+    """No GPU is needed to see that nothing is called that only processors have: the meta device has shapes alone."""
+    arguments = [torch.zeros(3, 50, 40, dtype=torch.uint16), torch.full((3, 2), 40), torch.zeros(3, 2) > 0]
+    monkeypatch.setattr(torch, "channel_shuffle", lambda *_: pytest.fail("CUDA has no channel_shuffle"))
+    crops = resize_windows(*(each.to("meta") for each in arguments), 32, 65535.0)
+    assert crops.device.type == "meta" and crops.shape == (3, 1, 32, 32) and crops.is_contiguous()
+
+
 def test_no_windows():
     none = torch.zeros(0, 5, 6, dtype=torch.uint16), torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2) > 0
     assert resize_windows(*none, 8, 255.0).shape == (0, 1, 8, 8)
