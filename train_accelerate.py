@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -27,10 +27,10 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from datasets import load_dataset
 from datasets.exceptions import DatasetsError
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
@@ -67,6 +67,8 @@ from pretraining_wsdino import (
 )
 
 SIMULATED_DEMO = Path("data/simulated_demo")
+# What a run that was killed, or refused, before it began leaves in its folder.
+UNBEGUN = {"settings.json.partial", ".lock"}
 # What an operating system says of a place that the user named and nothing can be written to.
 UNWRITABLE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS),
@@ -196,8 +198,34 @@ def check_run_folder(arguments: TrainingArguments) -> None:
         if changed:
             flags = ", ".join(f"--{name}" for name in changed)
             raise TrainingError(f"{run} holds a run with other settings ({flags}): give another --output_dir.")
-    elif run.exists() and (not run.is_dir() or any(path.name != "settings.json.partial" for path in run.iterdir())):
+    elif run.exists() and (not run.is_dir() or {path.name for path in run.iterdir()} - UNBEGUN):
         raise TrainingError(f"{run} is not empty and holds no run: give another --output_dir.")
+
+
+def begin_run(arguments: TrainingArguments, settings: dict, accelerator: Accelerator) -> FileLock:
+    """Make the run folder and its settings.json. Nobody else trains into it before the lock is released, or its
+    process has died.
+
+    Raises:
+        TrainingError: on every process, where another training holds the folder or has begun a run there meanwhile.
+    """
+    run, problem = Path(arguments.output_dir), [None]
+    lock = FileLock(run / ".lock")
+    if accelerator.is_main_process:
+        run.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+            check_run_folder(arguments)
+            write_json(run / "settings.json", settings)
+        except Timeout:
+            problem = [f"another training is writing {run}: wait for its end, or give another --output_dir."]
+        except TrainingError as error:
+            lock.release()
+            problem = [str(error)]
+    (sentence,) = broadcast_object_list(problem)
+    if sentence:
+        raise TrainingError(sentence)
+    return lock
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -698,16 +726,17 @@ def train(arguments: TrainingArguments) -> bool:
     accelerator.wait_for_everyone()
     dataset, path = load_screen(arguments, accelerator)
     run = Path(arguments.output_dir)
-    for channel in arguments.channels:
-        channel_run = ChannelRun(arguments, channel, dataset, run, path)
-        # Only now, when every setting has proved usable, does the run begin to exist.
-        if channel == arguments.channels[0] and accelerator.is_main_process:
-            run.mkdir(parents=True, exist_ok=True)
-            write_json(run / "settings.json", describe_run(arguments, dataset, path, accelerator))
-        if not channel_run.train():
-            return False
-    if accelerator.is_main_process and len(arguments.channels) > 1:
-        build_combined_repository(run / "model", {name: run / name / "model" for name in arguments.channels})
+    with ExitStack() as held:
+        for channel in arguments.channels:
+            channel_run = ChannelRun(arguments, channel, dataset, run, path)
+            # Only now, when every setting has proved usable, does the run begin to exist.
+            if channel == arguments.channels[0]:
+                settings = describe_run(arguments, dataset, path, accelerator)
+                held.callback(begin_run(arguments, settings, accelerator).release)
+            if not channel_run.train():
+                return False
+        if accelerator.is_main_process and len(arguments.channels) > 1:
+            build_combined_repository(run / "model", {name: run / name / "model" for name in arguments.channels})
     accelerator.print(f"Trained {', '.join(arguments.channels)} into {run}.")
     return True
 

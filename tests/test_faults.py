@@ -103,6 +103,50 @@ def test_a_half_written_log_line_and_leftovers_do_not_stop_a_resume(tiny_screen,
     assert steps == sorted(steps) and steps[-1] < 999
 
 
+def test_two_trainings_of_one_run_folder_do_not_harm_each_other(tiny_screen, tmp_path, capsys):
+    """The second is refused while the first lives, also with --resume; killed, the first is gone on with at once."""
+    words = ["--dataset", str(tiny_screen), "--output_dir", str(tmp_path / "run"), *FLAGS, "--epochs", "400"]
+    first = subprocess.Popen(
+        [sys.executable, "train_accelerate.py", *words],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        while not list(tmp_path.glob("run/dna/checkpoints/step_*[0-9]")):
+            assert first.poll() is None
+            time.sleep(0.05)
+        with pytest.raises(SystemExit) as ended:
+            train_accelerate.main([*words, "--resume"])
+        said = capsys.readouterr().err.strip().splitlines()[-1]
+        assert ended.value.code == 2 and "another training" in said and str(tmp_path / "run") in said
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.wait()
+    step = int(max(tmp_path.glob("run/dna/checkpoints/step_*[0-9]")).name.removeprefix("step_"))
+    train_accelerate.main([*words, "--resume", "--max_steps", str(step + 1)])
+    assert (tmp_path / "run" / "dna" / "model" / "model.safetensors").exists()
+
+
+def test_a_second_run_that_began_at_the_same_moment_is_refused(tiny_screen, tmp_path, capsys, monkeypatch):
+    """Both found no run in the folder; the other one was first to write there."""
+    write = train_accelerate.check_run_folder
+
+    def as_the_other_begins(arguments):
+        write(arguments)
+        if not (tmp_path / "run").exists():
+            (tmp_path / "run").mkdir()
+            (tmp_path / "run" / "settings.json").write_text("{}")
+
+    monkeypatch.setattr(train_accelerate, "check_run_folder", as_the_other_begins)
+    with pytest.raises(SystemExit) as ended:
+        train(tiny_screen, tmp_path / "run")
+    assert ended.value.code == 2 and "already holds a run" in capsys.readouterr().err
+    assert (tmp_path / "run" / "settings.json").read_text() == "{}"
+
+
 def test_a_folder_killed_before_its_settings_were_whole_starts_afresh(tiny_screen, tmp_path):
     (tmp_path / "settings.json.partial").write_text('{"half')
     train(tiny_screen, tmp_path, "--epochs", "2", "--max_steps", "1")
