@@ -17,11 +17,12 @@ import os
 import shutil
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pandas as pd
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from .card import count_fields, dataset_card
@@ -160,39 +161,40 @@ def build_dataset(
     recipe = {"preprocessing": asdict(preprocessing), "channels": screen.channels, "source": screen.source}
     work = output / ".build"
     _open_output(output, work, recipe, screen.plate_names())
-    tasks = _plate_tasks(screen, output, recipe)
-    todo = [task for task in tasks if not _plate_done(task)]
-    if progress and len(todo) < len(tasks):
-        print(f"{len(tasks) - len(todo)} of {len(tasks)} plates are built already")
-    if downloader is not None:
-        todo, absent, fetched = _check_archives(
-            downloader, todo, allow_missing, keep_raw, workers, downloads, progress
-        )
-        tasks = [task for task in tasks if task.plate not in absent]
-        if not tasks:
-            raise ScreenError(f"{base_url} has none of the plates asked for: check --plates and --base_url")
-    received = tqdm(total=fetched, desc="fetching", unit="B", unit_scale=True, disable=not (progress and fetched))
-    if downloader is not None:
-        downloader.tick = received.update
-    with received:
-        _run(todo, workers, progress, downloader, downloads, keep_raw)
+    with _alone(output, work):
+        tasks = _plate_tasks(screen, output, recipe)
+        todo = [task for task in tasks if not _plate_done(task)]
+        if progress and len(todo) < len(tasks):
+            print(f"{len(tasks) - len(todo)} of {len(tasks)} plates are built already")
+        if downloader is not None:
+            todo, absent, fetched = _check_archives(
+                downloader, todo, allow_missing, keep_raw, workers, downloads, progress
+            )
+            tasks = [task for task in tasks if task.plate not in absent]
+            if not tasks:
+                raise ScreenError(f"{base_url} has none of the plates asked for: check --plates and --base_url")
+        received = tqdm(total=fetched, desc="fetching", unit="B", unit_scale=True, disable=not (progress and fetched))
+        if downloader is not None:
+            downloader.tick = received.update
+        with received:
+            _run(todo, workers, progress, downloader, downloads, keep_raw)
 
-    records = [json.loads(_record_of(task).read_text()) for task in tasks]
-    sizes = {tuple(record["image_size"]): record["plate"] for record in records}
-    if len(sizes) > 1:
-        (one, here), (two, there) = list(sizes.items())[:2]
-        raise ScreenError(
-            f"images of plate {here} are {one[1]} x {one[0]} pixels and those of {there} {two[1]} x {two[0]}: "
-            "build screens of different image sizes apart"
-        )
-    _number_shards(output, records)
-    _remove_strangers(output, records)
-    counts = count_fields(output, screen, records)
-    _write_bytes(output / "README.md", dataset_card(screen, records, counts, recipe).encode())
-    _write_json(output / "build.json", {"recipe": recipe, "counts": counts, "plates": records})
-    shutil.rmtree(work)
-    if progress:
-        _report(output, screen, records, counts)
+        records = [json.loads(_record_of(task).read_text()) for task in tasks]
+        sizes = {tuple(record["image_size"]): record["plate"] for record in records}
+        if len(sizes) > 1:
+            (one, here), (two, there) = list(sizes.items())[:2]
+            raise ScreenError(
+                f"images of plate {here} are {one[1]} x {one[0]} pixels and those of {there} {two[1]} x {two[0]}: "
+                "build screens of different image sizes apart"
+            )
+        _number_shards(output, records)
+        _remove_strangers(output, records)
+        counts = count_fields(output, screen, records)
+        _write_bytes(output / "README.md", dataset_card(screen, records, counts, recipe).encode())
+        _write_json(output / "build.json", {"recipe": recipe, "counts": counts, "plates": records})
+        shutil.rmtree(work)
+        if progress:
+            _report(output, screen, records, counts)
 
 
 def _plate_tasks(screen, output: Path, recipe: dict) -> list[PlateTask]:
@@ -264,6 +266,22 @@ def _open_output(output: Path, work: Path, recipe: dict, plates: list[str]) -> N
     for record in records:
         _write_json(work / f"{record['plate']}.json", record)
     _write_json(begun, recipe)
+
+
+@contextmanager
+def _alone(output: Path, work: Path):
+    """Hold a dataset folder while it is built: two builds at once would write the same files."""
+    lock = FileLock(work / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ScreenError(
+            f"another wsdino-prepare is building {output}: wait for its end, or choose another folder"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _record_of(task: PlateTask) -> Path:

@@ -147,6 +147,33 @@ def test_a_second_run_that_began_at_the_same_moment_is_refused(tiny_screen, tmp_
     assert (tmp_path / "run" / "settings.json").read_text() == "{}"
 
 
+def test_two_builds_of_one_dataset_folder_do_not_harm_each_other(tiny_raw, tmp_path, capsys, monkeypatch):
+    """While the first is in the middle of its plates, a second one is refused; the first ends as if alone."""
+    from dataset_scripts import prepare
+
+    words = ["--raw", str(tiny_raw), "--output", str(tmp_path / "built"), "--workers", "1"]
+    run, said = prepare._run, []
+
+    def while_another_starts(*arguments):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(prepare, "_run", run)
+            with pytest.raises(SystemExit) as ended:
+                prepare.main(words)
+        said.append((ended.value.code, capsys.readouterr().err))
+        run(*arguments)
+
+    monkeypatch.setattr(prepare, "_run", while_another_starts)
+    prepare.main(words)
+    assert said[0][0] == 2 and "another wsdino-prepare is building" in said[0][1]
+    monkeypatch.setattr(prepare, "_run", run)
+    prepare.main(["--raw", str(tiny_raw), "--output", str(tmp_path / "alone"), "--workers", "1"])
+    first, alone = (
+        {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.parquet")}
+        for name in ("built", "alone")
+    )
+    assert first and first == alone
+
+
 def test_a_folder_killed_before_its_settings_were_whole_starts_afresh(tiny_screen, tmp_path):
     (tmp_path / "settings.json.partial").write_text('{"half')
     train(tiny_screen, tmp_path, "--epochs", "2", "--max_steps", "1")
