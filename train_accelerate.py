@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
@@ -290,32 +291,20 @@ class Interruption:
             signal.signal(kind, handler)
 
 
-class ChannelRun:
-    """Student, teacher, data and checkpoints of one channel; `train` takes them to the end or to an interruption."""
+class ChannelData:
+    """One channel's planes, the pairs drawn from them, the crops cut from those, and how many steps they make."""
 
-    def __init__(self, arguments: TrainingArguments, channel: str, dataset, run: Path, path: str = ""):
-        self.arguments, self.channel, self.folder = arguments, channel, run / channel
-        self.accelerator = Accelerator(
-            mixed_precision=arguments.mixed_precision,
-            log_with=arguments.trackers or None,
-            project_dir=str(self.folder),
-            # Every parameter takes part in every backward pass, so the search for unused ones is left out.
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=False)],
-        )
-        self._prepare_data(dataset)
-        self._prepare_evaluation(path)
-        self._prepare_networks()
-
-    def _prepare_data(self, dataset) -> None:
-        a, columns = self.arguments, dataset.column_names
-        dataset = fields_with(dataset, [self.channel])
-        with self.accelerator.local_main_process_first():
-            self.planes = open_planes(dataset, self.channel)
+    def __init__(self, arguments: TrainingArguments, channel: str, dataset, accelerator: Accelerator):
+        self.arguments, self.channel, self.accelerator = arguments, channel, accelerator
+        a, columns = arguments, dataset.column_names
+        dataset = fields_with(dataset, [channel])
+        with accelerator.local_main_process_first():
+            self.planes = open_planes(dataset, channel)
         height, width = self.planes.shape[1:]
         if min(height, width) < 2 * a.tile_size:
             raise TrainingError(
                 f"--tile_size {a.tile_size} needs fields of at least {2 * a.tile_size} x {2 * a.tile_size} pixels "
-                f"for its four tiles, and {self.channel} has {height} x {width}: choose a smaller one."
+                f"for its four tiles, and {channel} has {height} x {width}: choose a smaller one."
             )
         self.max_intensity = a.max_intensity or (255.0 if self.planes.dtype == np.uint8 else 10_000.0)
         groups = {name: dataset[name] for name in ("plate", "batch") if name in columns}
@@ -332,7 +321,7 @@ class ChannelRun:
             anchor_group=anchor_group,
             seed=a.seed,
         )
-        self.global_batch = a.batch_size * a.gradient_accumulation_steps * self.accelerator.num_processes
+        self.global_batch = a.batch_size * a.gradient_accumulation_steps * accelerator.num_processes
         self.steps_per_epoch = max(len(self.pairs.rows) // self.global_batch, 1)
         self.total_steps = a.epochs * self.steps_per_epoch
         self.last_step = self.total_steps
@@ -371,6 +360,82 @@ class ChannelRun:
             raise TrainingError(f"--exclude_compounds {unknown[0]}: no field of the dataset has this compound.")
         return [compound not in excluded for compound in compounds]
 
+    def steps(self, first_step: int) -> Iterator[list[dict]]:
+        """This process's micro-batches of every step from `first_step` on."""
+        a, accelerator = self.arguments, self.accelerator
+        batches = PairBatchSampler(
+            self.pairs,
+            batch_size=a.batch_size,
+            total_steps=self.last_step,
+            first_step=first_step,
+            accumulation=a.gradient_accumulation_steps,
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+        )
+        loader = DataLoader(
+            PlanePairs(self.planes),
+            batch_sampler=batches,
+            collate_fn=self.collator,
+            num_workers=a.num_workers,
+            pin_memory=accelerator.device.type == "cuda",
+            generator=torch.Generator().manual_seed(a.seed),  # leaves the global generator untouched
+        )
+        micro_batches = iter(loader)
+        for _ in range(first_step, self.last_step):
+            yield [next(micro_batches) for _ in range(a.gradient_accumulation_steps)]
+
+
+class ChannelLog:
+    """metrics.jsonl of one channel, written by the main process, and the trackers asked for."""
+
+    def __init__(self, path: Path, accelerator: Accelerator, trackers: list[str]):
+        self.path, self.accelerator, self.trackers = path, accelerator, trackers
+
+    def open(self, first_step: int) -> None:
+        """Keep the lines of steps before `first_step`: those after it will be written again."""
+        if not self.accelerator.is_main_process:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = [line for line in lines if logged_step(line) <= first_step]
+        partial = self.path.with_name("metrics.jsonl.partial")
+        partial.write_text("".join(line + "\n" for line in kept))
+        partial.replace(self.path)
+
+    def append(self, line: dict) -> None:
+        """One line, and its numbers to the trackers."""
+        if self.accelerator.is_main_process:
+            with self.path.open("a") as log:
+                log.write(json.dumps(line) + "\n")
+        if self.trackers:
+            self.accelerator.log({k: v for k, v in line.items() if isinstance(v, int | float)}, step=line["step"])
+
+
+def logged_step(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinite for a line that a killed run left half-written."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+class ChannelRun:
+    """Student, teacher and checkpoints of one channel; `train` takes them to the end or to an interruption."""
+
+    def __init__(self, arguments: TrainingArguments, channel: str, dataset, run: Path, path: str = ""):
+        self.arguments, self.channel, self.folder = arguments, channel, run / channel
+        self.accelerator = Accelerator(
+            mixed_precision=arguments.mixed_precision,
+            log_with=arguments.trackers or None,
+            project_dir=str(self.folder),
+            # Every parameter takes part in every backward pass, so the search for unused ones is left out.
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=False)],
+        )
+        self.data = ChannelData(arguments, channel, dataset, self.accelerator)
+        self.log = ChannelLog(self.folder / "metrics.jsonl", self.accelerator, arguments.trackers)
+        self._prepare_evaluation(path)
+        self._prepare_networks()
+
     def _prepare_evaluation(self, path: str) -> None:
         """Load what `--eval_every` scores, before anything is trained, so that it cannot fail after hours."""
         self.evaluated = None
@@ -384,7 +449,12 @@ class ChannelRun:
         if a.whiten_patches:  # once, from thousands of patches; the teacher takes it over
             patches = student.backbone.embeddings.patch_embeddings
             whiten_patch_embedding(
-                patches.weight, patches.bias, self.planes, self.max_intensity, rows=self.pairs.rows, seed=a.seed
+                patches.weight,
+                patches.bias,
+                self.data.planes,
+                self.data.max_intensity,
+                rows=self.data.pairs.rows,
+                seed=a.seed,
             )
             teacher.load_state_dict(student.state_dict())
         if a.gradient_checkpointing:
@@ -440,7 +510,7 @@ class ChannelRun:
             ) from error
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            write_json(partial / "progress.json", {"step": step, "global_batch": self.global_batch})
+            write_json(partial / "progress.json", {"step": step, "global_batch": self.data.global_batch})
             if target.exists():
                 shutil.rmtree(target)
             partial.replace(target)
@@ -457,10 +527,11 @@ class ChannelRun:
             except Exception as error:  # whatever a damaged file raises, the next older checkpoint is the mend
                 self.accelerator.print(f"{folder} is damaged and skipped ({type(error).__name__}: {error}).")
                 continue
-            if progress["global_batch"] != self.global_batch:
+            before, now = progress["global_batch"], self.data.global_batch
+            if before != now:
                 raise TrainingError(
-                    f"{folder} was trained with {progress['global_batch']} pairs a step and this launch makes "
-                    f"{self.global_batch} (processes x --batch_size x --gradient_accumulation_steps): make them equal."
+                    f"{folder} was trained with {before} pairs a step and this launch makes {now} (processes x "
+                    "--batch_size x --gradient_accumulation_steps): make them equal."
                 )
             return progress["step"]
         return 0
@@ -472,36 +543,17 @@ class ChannelRun:
         a, accelerator = self.arguments, self.accelerator
         first_step = self.restore() if a.resume else 0
         model_folder = self.folder / "model"
-        if first_step >= self.last_step and model_folder.exists():
+        if first_step >= self.data.last_step and model_folder.exists():
             accelerator.print(f"{self.channel}: already trained to step {first_step}.")
             return True
-        self._open_log(first_step)
+        self.log.open(first_step)
         if a.whiten_patches and first_step == 0:  # what training started from, which the seed alone does not give
             self._save_model(self.folder / "initial")
         if a.trackers:
             plain = {k: v for k, v in asdict(a).items() if isinstance(v, int | float | str | bool)}
             accelerator.init_trackers("wsdino", config=plain)
-        batches = PairBatchSampler(
-            self.pairs,
-            batch_size=a.batch_size,
-            total_steps=self.last_step,
-            first_step=first_step,
-            accumulation=a.gradient_accumulation_steps,
-            process_index=accelerator.process_index,
-            num_processes=accelerator.num_processes,
-        )
-        loader = iter(
-            DataLoader(
-                PlanePairs(self.planes),
-                batch_sampler=batches,
-                collate_fn=self.collator,
-                num_workers=a.num_workers,
-                pin_memory=accelerator.device.type == "cuda",
-                generator=torch.Generator().manual_seed(a.seed),  # leaves the global generator untouched
-            )
-        )
         bar = tqdm(
-            total=self.last_step,
+            total=self.data.last_step,
             initial=first_step,
             desc=f"train {self.channel}",
             unit="step",
@@ -509,17 +561,17 @@ class ChannelRun:
         )
         with Interruption() as interruption, bar:
             window, since = [], time.perf_counter()
-            for step in range(first_step, self.last_step):
-                monitors = self._step(step, [next(loader) for _ in range(a.gradient_accumulation_steps)])
+            for step, micro_batches in enumerate(self.data.steps(first_step), first_step):
+                monitors = self._step(step, micro_batches)
                 stopped = self._agree(step, monitors["loss"], interruption)
                 window.append(monitors)
                 bar.update()
-                at_end = step + 1 == self.last_step
+                at_end = step + 1 == self.data.last_step
                 if (step + 1) % a.log_every == 0 or at_end or stopped:
                     line = self._log(step, window, time.perf_counter() - since)
                     bar.set_postfix(loss=f"{line['loss']:.3f}", images_s=f"{line['images_per_second']:.1f}")
                     window, since = [], time.perf_counter()
-                epochs_done, rest = divmod(step + 1, self.steps_per_epoch)
+                epochs_done, rest = divmod(step + 1, self.data.steps_per_epoch)
                 if a.eval_every and rest == 0 and epochs_done % a.eval_every == 0:
                     self._evaluate(step, bar)
                     since = time.perf_counter()
@@ -535,19 +587,19 @@ class ChannelRun:
     def _step(self, step: int, micro_batches: list[dict]) -> dict[str, torch.Tensor]:
         """One optimiser step: schedules, micro-batches, centre, AdamW, teacher. Returns monitors on the device."""
         a, accelerator = self.arguments, self.accelerator
-        epoch = step // self.steps_per_epoch
-        warmup = a.warmup_epochs * self.steps_per_epoch
+        epoch = step // self.data.steps_per_epoch
+        warmup = a.warmup_epochs * self.data.steps_per_epoch
         learning_rate = cosine_schedule(
             step,
             start=a.learning_rate,
             end=a.final_learning_rate,
-            total_steps=self.total_steps,
-            warmup_steps=min(warmup, self.total_steps),
+            total_steps=self.data.total_steps,
+            warmup_steps=min(warmup, self.data.total_steps),
         )
         weight_decay = cosine_schedule(
-            step, start=a.weight_decay, end=a.final_weight_decay, total_steps=self.total_steps
+            step, start=a.weight_decay, end=a.final_weight_decay, total_steps=self.data.total_steps
         )
-        momentum = cosine_schedule(step, start=a.teacher_momentum, end=1.0, total_steps=self.total_steps)
+        momentum = cosine_schedule(step, start=a.teacher_momentum, end=1.0, total_steps=self.data.total_steps)
         temperature = linear_schedule(
             epoch,
             start=a.warmup_teacher_temperature,
@@ -591,7 +643,7 @@ class ChannelRun:
         update_teacher(student, accelerator.unwrap_model(self.teacher), momentum)
         means = {name: torch.stack([one[name] for one in collected]).mean() for name in collected[0]}
         self._schedule = {
-            "epoch": (step + 1) / self.steps_per_epoch,
+            "epoch": (step + 1) / self.data.steps_per_epoch,
             "lr": learning_rate,
             "weight_decay": weight_decay,
             "teacher_momentum": momentum,
@@ -602,7 +654,7 @@ class ChannelRun:
     def _views(self, part: dict[str, torch.Tensor], size: int) -> torch.Tensor:
         device = self.accelerator.device
         windows, sizes, flips = (part[name].to(device, non_blocking=True) for name in ("windows", "sizes", "flips"))
-        return resize_windows(windows, sizes, flips, size, self.max_intensity)
+        return resize_windows(windows, sizes, flips, size, self.data.max_intensity)
 
     def _agree(self, step: int, loss: torch.Tensor, interruption: Interruption) -> bool:
         """Whether any process was asked to stop; all learn it at the same step, and of a bad loss as well."""
@@ -610,7 +662,7 @@ class ChannelRun:
         both = self.accelerator.reduce(torch.stack([loss.float(), asked]), reduction="sum")
         total, stopped = both.tolist()
         if not np.isfinite(total):
-            anchors, partners, _ = self.pairs.draw(step, self.global_batch)
+            anchors, partners, _ = self.data.pairs.draw(step, self.data.global_batch)
             kept = self.checkpoints()
             raise TrainingError(
                 f"{self.channel}: the loss of step {step + 1} is not finite; its images are rows "
@@ -620,18 +672,6 @@ class ChannelRun:
         return stopped > 0
 
     # ------------------------------------------------------------------------------------------ what is written
-
-    def _open_log(self, first_step: int) -> None:
-        """Keep the lines of steps before `first_step`: those after it will be written again."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.log_path = self.folder / "metrics.jsonl"
-        if not self.accelerator.is_main_process:
-            return
-        lines = self.log_path.read_text().splitlines() if self.log_path.exists() else []
-        kept = [line for line in lines if logged_step(line) <= first_step]
-        partial = self.log_path.with_name("metrics.jsonl.partial")
-        partial.write_text("".join(line + "\n" for line in kept))
-        partial.replace(self.log_path)
 
     def _evaluate(self, step: int, bar) -> None:
         """NSC and NSCB of the teacher on all evaluated fields, appended to metrics.jsonl; the others wait."""
@@ -645,21 +685,17 @@ class ChannelRun:
             profiles = pd.concat([metadata, pd.DataFrame(features, columns=names)], axis=1)
             scores = evaluate_set(profiles, details=False)
             wanted = ("nsc", "nscb", "nsc_correct", "nsc_total", "nscb_correct", "nscb_total")
-            line = {"step": step + 1, "epoch": (step + 1) / self.steps_per_epoch, **{n: scores[n] for n in wanted}}
-            self._append(line)
+            line = {
+                "step": step + 1,
+                "epoch": (step + 1) / self.data.steps_per_epoch,
+                **{n: scores[n] for n in wanted},
+            }
+            self.log.append(line)
             bar.write(
                 f"{self.channel}, epoch {line['epoch']:g}: NSC {scores['nsc_correct']}/{scores['nsc_total']}, "
                 f"NSCB {scores['nscb_correct']}/{scores['nscb_total']}"
             )
         self.accelerator.wait_for_everyone()
-
-    def _append(self, line: dict) -> None:
-        """One line of metrics.jsonl, and its numbers to the trackers."""
-        if self.accelerator.is_main_process:
-            with self.log_path.open("a") as log:
-                log.write(json.dumps(line) + "\n")
-        if self.arguments.trackers:
-            self.accelerator.log({k: v for k, v in line.items() if isinstance(v, int | float)}, step=line["step"])
 
     def _log(self, step: int, window: list[dict[str, torch.Tensor]], seconds: float) -> dict:
         """One line of metrics.jsonl: means over the steps since the last line and over the processes."""
@@ -668,17 +704,17 @@ class ChannelRun:
         means = self.accelerator.reduce(means, reduction="mean").tolist()
         fallbacks: dict[str, int] = {}
         for past in range(step + 1 - len(window), step + 1):
-            for level, count in self.pairs.draw(past, self.global_batch)[2].items():
+            for level, count in self.data.pairs.draw(past, self.data.global_batch)[2].items():
                 fallbacks[level] = fallbacks.get(level, 0) + count
         line = {
             "step": step + 1,
             **self._schedule,
             **dict(zip(names, means, strict=True)),
             "participation_ratio": self.features.participation_ratio(),
-            "images_per_second": len(window) * self.global_batch / seconds,
+            "images_per_second": len(window) * self.data.global_batch / seconds,
             "partner_fallbacks": fallbacks,
         }
-        self._append(line)
+        self.log.append(line)
         return line
 
     def _save_model(self, folder: Path) -> None:
@@ -688,15 +724,7 @@ class ChannelRun:
         self.accelerator.wait_for_everyone()
 
     def _image_processor(self) -> WSDinoImageProcessor:
-        return WSDinoImageProcessor(tile_size=self.arguments.tile_size, max_intensity=self.max_intensity)
-
-
-def logged_step(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinite for a line that a killed run left half-written."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+        return WSDinoImageProcessor(tile_size=self.arguments.tile_size, max_intensity=self.data.max_intensity)
 
 
 def drop_path_seed(seed: int, step: int, process: int) -> int:

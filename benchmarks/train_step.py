@@ -72,9 +72,9 @@ def make_run(arguments, dataset, folder: str):
 
 
 def batches(run, steps: int) -> list[dict]:
-    sampler = PairBatchSampler(run.pairs, batch_size=run.arguments.batch_size, total_steps=steps)
-    planes = PlanePairs(run.planes)
-    return [run.collator([planes[pair] for pair in pairs]) for pairs in sampler]
+    sampler = PairBatchSampler(run.data.pairs, batch_size=run.arguments.batch_size, total_steps=steps)
+    planes = PlanePairs(run.data.planes)
+    return [run.data.collator([planes[pair] for pair in pairs]) for pairs in sampler]
 
 
 def plain_of(run) -> PlainDino:

@@ -231,7 +231,7 @@ def test_excluded_compounds_are_never_drawn(tiny_screen, tmp_path):
         flags = [*SMALL, "--output_dir", str(tmp_path), "--exclude_compounds", held, "--channels", "dna", *extra]
         _, arguments = train_accelerate.parse_arguments(flags)
         run = train_accelerate.ChannelRun(arguments, "dna", dataset, tmp_path)
-        drawn = {row for step in range(40) for part in run.pairs.draw(step, 50)[:2] for row in part.tolist()}
+        drawn = {row for step in range(40) for part in run.data.pairs.draw(step, 50)[:2] for row in part.tolist()}
         assert {dataset["compound"][row] for row in drawn} == set(dataset["compound"]) - {held}
 
 

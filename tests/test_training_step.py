@@ -63,14 +63,14 @@ def micro_batches(run, step):
     """The step's batches exactly as the loader makes them."""
     accumulation = run.arguments.gradient_accumulation_steps
     sampler = train_accelerate.PairBatchSampler(
-        run.pairs,
+        run.data.pairs,
         batch_size=run.arguments.batch_size,
         total_steps=step + 1,
         first_step=step,
         accumulation=accumulation,
     )
-    planes = train_accelerate.PlanePairs(run.planes)
-    return [run.collator([planes[pair] for pair in pairs]) for pairs in sampler]
+    planes = train_accelerate.PlanePairs(run.data.planes)
+    return [run.data.collator([planes[pair] for pair in pairs]) for pairs in sampler]
 
 
 def plain_copy(run) -> PlainDino:
@@ -94,7 +94,7 @@ def views_of(run, batch):
 def test_three_steps_agree_with_the_published_method(tmp_path, monkeypatch):
     """Loss within 1e-5, gradients within 1e-4 relative at every step; then the weights. Prototypes rest at first."""
     run = channel_run(tmp_path, freeze_last_layer_epochs=1, epochs=3)
-    run.steps_per_epoch, run.total_steps = 2, 6
+    run.data.steps_per_epoch, run.data.total_steps = 2, 6
     plain, a = plain_copy(run), run.arguments
     seen = {}
     take_step = run.optimizer.step
@@ -191,7 +191,7 @@ def test_compiling_changes_nothing_but_rounding(tmp_path, monkeypatch):
 def test_an_eight_bit_screen_with_other_names_trains(tmp_path):
     """A newcomer's data: a channel "er", a label "gene", no plates, 8 bits."""
     run = channel_run(tmp_path, dataset=screen(np.uint8))
-    assert run.max_intensity == 255.0
+    assert run.data.max_intensity == 255.0
     views = run._views(micro_batches(run, 0)[0]["global"], 32)
     assert 0.4 < float(views.mean()) < 0.6
     assert np.isfinite(float(run._step(0, micro_batches(run, 0))["loss"]))
@@ -219,7 +219,7 @@ def test_whitening_sinkhorn_and_koleo_enter_the_step(tmp_path):
     kernels = [one.backbone.embeddings.patch_embeddings.weight for one in (run.student, run.teacher)]
     assert torch.equal(*kernels)
     # A whitened kernel answers with variance about 1 to the very planes; 0.02-sized weights would answer far below.
-    planes = torch.from_numpy(np.stack([run.planes[row] for row in range(12)]).astype(np.float32))[:, None]
+    planes = torch.from_numpy(np.stack([run.data.planes[row] for row in range(12)]).astype(np.float32))[:, None]
     answers = run.student.backbone.embeddings.patch_embeddings(planes.clamp(max=10_000) / 10_000)
     assert answers.detach().var() == pytest.approx(1.0, rel=0.3)
 
