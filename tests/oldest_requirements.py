@@ -1,4 +1,4 @@
-"""Prints the oldest versions that setup.cfg promises, as pinned requirements for pip.
+"""Prints the oldest versions that setup.cfg promises, as pinned requirements for pip; torch is the Makefile's choice.
 
     python tests/oldest_requirements.py > oldest.txt
 """
@@ -23,7 +23,8 @@ def oldest_requirements(path=SETUP):
         name, bound, version = requirement.partition(">=")
         if not bound or "," in version:
             raise ValueError(f"{path}: {requirement!r} names no lower bound: write {name}>=VERSION.")
-        pinned.append(f"{name}=={version}")
+        if name != "torch":
+            pinned.append(f"{name}=={version}")
     return pinned
 
 
