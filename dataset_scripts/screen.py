@@ -6,6 +6,8 @@ brings its own :class:`ScreenColumns`.
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import re
 import warnings
@@ -17,6 +19,8 @@ import numpy as np
 import pandas as pd
 
 PARTS = ("annotated", "dmso", "unannotated")
+
+MOST_BYTES = 1_000_000_000  # of a table, unpacked: 300 times BBBC021's; a larger .gz is a bomb
 
 
 class ScreenError(ValueError):
@@ -236,9 +240,15 @@ def _read_csv(path: Path, what: str) -> pd.DataFrame:
     if not path.is_file():
         raise ScreenError(f"{what} {path} does not exist: give its path (plain or .gz)")
     try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise ValueError(f"it holds more than {MOST_BYTES:,} bytes")
+        if b"\0" in content:  # which some versions of pandas take for a cell's end
+            raise ValueError(f"line {content[: content.index(0)].count(10) + 1} holds a NUL")
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # of rows that are longer than the header
-            table = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
+            table = pd.read_csv(io.BytesIO(content), dtype=str, keep_default_na=False, index_col=False)
     except (ValueError, OSError, EOFError, zlib.error, pd.errors.ParserWarning) as error:
         reason = " ".join(str(error).split())
         raise ScreenError(f"{what} {path} cannot be read as CSV ({reason}): fetch it again") from error

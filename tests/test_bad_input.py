@@ -548,6 +548,7 @@ TABLES = {
     "empty": b"",
     "half a line": lambda content: content[:-30],
     "no UTF-8": lambda content: content.replace(b"DMSO", b"\xff\xfe", 1),
+    "a NUL": lambda content: content.replace(b"DMSO", b"DM\0SO", 1),
     "no rows": lambda content: content.splitlines()[0] + b"\n",
     "no header": lambda content: content.split(b"\n", 1)[1],
     "a column short": lambda content: content.replace(b"Image_Metadata_Compound", b"Image_Metadata_Nothing"),

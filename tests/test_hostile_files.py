@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import gzip
 import html
 import json
 import os
@@ -20,7 +21,7 @@ from PIL import Image
 import extract_profiles
 import push_to_hub
 import train_accelerate
-from dataset_scripts import prepare, simulate
+from dataset_scripts import ScreenError, prepare, screen, simulate
 from evaluation_wsdino import evaluate_profiles, report
 from modeling_wsdino import WSDinoImageProcessor, convert_checkpoint
 from modeling_wsdino.image_processing_wsdino import MAX_PIXELS
@@ -158,6 +159,16 @@ def test_the_pages_of_a_file_count_together(tmp_path):
     assert (tmp_path / "field.tif").stat().st_size < 10**6
     with pytest.raises(ValueError, match=f"has more than {MAX_PIXELS:,} pixels"):
         WSDinoImageProcessor(tile_size=32).field_tiles(tmp_path / "field.tif")
+
+
+def test_a_table_that_unpacks_to_more_than_any_screen_has(tmp_path, monkeypatch):
+    """The limit is made small here; no more than it is ever unpacked."""
+    monkeypatch.setattr(screen, "MOST_BYTES", 100_000)
+    (tmp_path / "image.csv.gz").write_bytes(gzip.compress(b"x" * 10**8))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ScreenError, match="image.csv.gz cannot be read as CSV .it holds more than 100,000 bytes"):
+        screen.read_screen(tmp_path / "image.csv.gz")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
 
 
 # ---------------------------------------------------------------------------------------------- names, tokens, code
