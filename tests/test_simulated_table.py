@@ -41,7 +41,7 @@ def test_table_from_results(tmp_path, capsys):
     test = ttest_rel(weak, plain)
     low, high = (10 * bound for bound in test.confidence_interval())
     assert f"{10 * statistics.mean(w - p for w, p in zip(weak, plain, strict=True)):+.1f}" in row
-    assert f"({low:+.1f} to {high:+.1f})" in row and f"{test.pvalue:.2g}" in row
+    assert f"({low:+.1f} to {high:+.1f}), p = {test.pvalue:.2g}" in row
     assert row.endswith("| 0/3 |")
     assert "| 1/3 |" in shown  # dino's first seed collapsed
     numbers = json.loads((tmp_path / "table.json").read_text())
