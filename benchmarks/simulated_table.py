@@ -183,8 +183,8 @@ def format_table(rows: dict[str, dict[int, dict]]) -> tuple[str, dict]:
 
     order = [*BASELINES, *MAIN, *CONTROLS]
     lines = [
-        "SIMULATED. NSC and NSCB in %, mean ± SD over seeds. Gain over DINO without labels on the same screen with the "
-        "same anchors, paired by seed: mean, 95 % t interval and p.",
+        "SIMULATED. NSC and NSCB in %, mean ± SD over seeds. Gain over DINO without labels on the same screen with "
+        "the same anchors, paired by seed: mean, 95 % t interval and p.",
         "",
         "| row | seeds | NSC | gain in NSC | NSCB | gain in NSCB | channels not healthy |",
         "|---|---|---|---|---|---|---|",
