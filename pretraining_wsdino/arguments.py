@@ -51,9 +51,9 @@ PRESETS = {
         "num_workers": 8,
     },
     # A small ViT on small simulated fields, from random weights: minutes on two CPU cores. RESULTS.md says what was
-    # measured: without the first two settings even a supervised network of this size hardly learns in that time; with
-    # anchors of all plates in a step it learns the plates; Sinkhorn targets and a little KoLeo keep targets and
-    # features from collapsing.
+    # measured: without the first two settings even a supervised network of this size hardly learns in that time, and
+    # Sinkhorn targets and a little KoLeo keep targets and features from collapsing. Anchors of one plate keep the
+    # batch out of the targets, which longer runs learned instead of the phenotype; at this length no score moved.
     "demo": {
         "init": "random",
         "whiten_patches": True,
