@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import load_dataset
 from safetensors.torch import load_file
 
 import train_accelerate
@@ -229,3 +230,28 @@ def test_no_pickle_of_a_checkpoint_is_executed(tiny_screen, tmp_path, capsys):
     train(tiny_screen, tmp_path / "run", "--epochs", "3", "--resume")
     assert f"{newest} is damaged and skipped" in capsys.readouterr().out
     assert not (tmp_path / "exploded").exists()
+
+
+def test_a_full_disk_during_a_build_ends_in_a_sentence_and_the_build_goes_on_later(tiny_raw, tiny_screen, tmp_path):
+    """The largest file that may be written stands for the disk: no plate of the screen fits."""
+    resource = pytest.importorskip("resource")
+    words = ["-m", "dataset_scripts.prepare", "--raw", tiny_raw, "--output", tmp_path / "built", "--workers", "1"]
+
+    def build(largest):
+        return subprocess.run(
+            [sys.executable, *map(str, words)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest)),
+        )
+
+    done = build(20_000)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "error:" in done.stderr.splitlines()[-1] and "File too large" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "built" / "README.md").exists(), "half a dataset must not look like one"
+    done = build(resource.RLIM_INFINITY)
+    assert done.returncode == 0, done.stderr
+    for part in ("annotated", "dmso"):
+        found, whole = (load_dataset(str(folder), part, split="train") for folder in (tmp_path / "built", tiny_screen))
+        assert found.with_format("arrow")[:] == whole.with_format("arrow")[:]
