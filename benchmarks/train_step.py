@@ -1,13 +1,15 @@
 """Is the training step fast? Ours against the plain one, interleaved in one run, with equal results checked first.
 
     python -m benchmarks.train_step                 # ViT-S/8, the paper's crops and head, batch 2, CPU
+    python -m benchmarks.train_step --bf16          # bfloat16 as well, on a CPU that computes in it
     python -m benchmarks.train_step --gpu           # batch 16, float32 and bf16 against plain float32
     python -m benchmarks.train_step --data          # what the loader costs beside the step
 
 Plain is `benchmarks/plain_dino.py`: softmax attention written out, one loss a pair of views, AdamW and the teacher's
 average one parameter at a time, memory as the system gives it. A step is everything from cut windows to the moved
 teacher. Each kind lives in a process of its own and they take turns; figures are medians, and the share is of the
-matrix-product rate measured between the turns, with the operations that the plain step needs.
+matrix-product rate measured between the turns, with the operations that the plain step needs. All start from the same
+weights: the float32 losses of every step and the gradients of the first one must agree, or the command fails.
 """
 
 import argparse
@@ -26,6 +28,7 @@ import torch
 
 import train_accelerate
 from benchmarks.plain_dino import PlainDino
+from modeling_wsdino.modeling_wsdino import to_dino_key
 from pretraining_wsdino import PairBatchSampler, PlanePairs
 
 
@@ -93,14 +96,35 @@ def plain_of(run) -> PlainDino:
     return plain
 
 
-def plain_step(run, plain: PlainDino, batch: dict, learning_rate: float) -> float:
+def plain_step(run, plain: PlainDino, batch: dict, learning_rate: float) -> tuple[float, dict]:
     a = run.arguments
     views = {
         part: list(run._views(batch[part], size).split(a.batch_size))
         for part, size in (("global", a.global_crop_size), ("local", a.local_crop_size))
     }
-    loss, _ = plain.step(views["global"], views["local"], learning_rate=learning_rate, momentum=a.teacher_momentum)
-    return loss
+    return plain.step(views["global"], views["local"], learning_rate=learning_rate, momentum=a.teacher_momentum)
+
+
+def keep_gradients(run) -> dict:
+    """A dictionary that the run's first step fills with the gradients it hands to AdamW, under plain_dino's names."""
+    network, kept = run.accelerator.unwrap_model(run.student), {}
+    names = {parameter: ("backbone", to_dino_key(name)) for name, parameter in network.backbone.named_parameters()}
+    names |= {parameter: ("head", name) for name, parameter in network.head.mlp.named_parameters()}
+    weight = network.head.last_layer.parametrizations.weight
+    names |= {weight.original0: ("head", "length"), weight.original1: ("head", "direction")}
+
+    def keep(*_):
+        kept.update({name: parameter.grad.float().cpu().clone() for parameter, name in names.items()})
+        hook.remove()
+
+    hook = run.optimizer.optimizer.register_step_pre_hook(keep)
+    return kept
+
+
+def largest_gradient_difference(first: dict, second: dict) -> float:
+    """Of all parameters, the largest norm of the difference relative to the first's norm."""
+    assert first.keys() == second.keys()
+    return max(float((first[name] - second[name]).norm() / first[name].norm()) for name in first)
 
 
 def worker(kind: str, arguments, folder: str, rounds: int, connection) -> None:
@@ -112,15 +136,18 @@ def worker(kind: str, arguments, folder: str, rounds: int, connection) -> None:
     else:
         train_accelerate.keep_freed_memory()  # part of what is compared: the plain process keeps the defaults
         run = make_run(replace(arguments, mixed_precision="bf16" if "bf16" in kind else "no"), screen(64), folder)
+        gradients = keep_gradients(run)
     steps = batches(run, rounds + 1)
     connection.send("ready")
     for step in iter(connection.recv, None):
         start = now(device)
         if kind.startswith("plain"):
-            loss = plain_step(run, plain, steps[step], arguments.learning_rate)
+            loss, gradients = plain_step(run, plain, steps[step], arguments.learning_rate)
         else:
             loss = float(run._step(step, [steps[step]])["loss"])
         connection.send((now(device) - start, loss))
+        if step == 0:  # the round that warms up
+            torch.save({name: value.cpu() for name, value in gradients.items()}, Path(folder, f"{kind}.pt"))
     connection.send(torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0)
 
 
@@ -141,16 +168,20 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, help="pairs a step: 2 on a CPU, 16 on a GPU if not given")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each kind, after one that warms up")
     parser.add_argument("--gpu", action="store_true", help="run on the GPU and time bf16 as well")
+    parser.add_argument("--bf16", action="store_true", help="time bf16 on a CPU, too")
     parser.add_argument("--data", action="store_true", help="time the cutting of windows alone, too")
     parser.add_argument("--output", type=Path, help="also write the figures as JSON")
     given = parser.parse_args()
     if given.gpu and not torch.cuda.is_available():
         parser.exit(2, "train_step: error: --gpu was given, but torch sees no GPU.\n")
+    if given.bf16 and not given.gpu and not torch.cpu._is_avx512_bf16_supported():
+        parser.exit(2, "train_step: error: --bf16 was given, but this CPU does not compute in bfloat16.\n")
     device = "cuda" if given.gpu else "cpu"
     _, arguments = train_accelerate.parse_arguments(["--preset", "paper", "--init", "random", "--channels", "dna"])
     batch = given.batch_size or (16 if given.gpu else 2)
     arguments = replace(arguments, batch_size=batch, drop_path_rate=0.0, warmup_epochs=0, freeze_last_layer_epochs=0)
-    kinds = ["plain float32", "ours float32"] + ["ours bf16"] * given.gpu
+    bf16 = given.gpu or given.bf16
+    kinds = ["plain float32", "ours float32"] + ["ours bf16"] * bf16
     figures: dict = {"hardware": hardware(device), "batch_size": batch}
     times: dict[str, list[float]] = {kind: [] for kind in kinds}
     losses: dict[str, list[float]] = {kind: [] for kind in kinds}
@@ -172,14 +203,16 @@ def main() -> None:
                 times[kind].append(seconds)
                 losses[kind].append(loss)
             rates["float32"].append(matmul_rate(device, torch.float32, 8192 if given.gpu else 2048))
-            if given.gpu:
-                rates["bf16"].append(matmul_rate(device, torch.bfloat16, 8192))
+            if bf16:
+                rates["bf16"].append(matmul_rate(device, torch.bfloat16, 8192 if given.gpu else 2048))
         for kind, connection in workers.items():
             connection.send(None)
             figures[f"{kind}, peak GPU memory GiB"] = connection.recv()
 
         difference = max(abs(a - b) for a, b in zip(losses["plain float32"], losses["ours float32"], strict=True))
-        figures["largest loss difference, float32"] = difference
+        gradients = [torch.load(Path(folder, f"{kind}.pt")) for kind in ("plain float32", "ours float32")]
+        turned = largest_gradient_difference(*gradients)
+        figures |= {"largest loss difference, float32": difference, "largest gradient difference, float32": turned}
         work = operations(arguments, arguments.hidden_size, arguments.num_hidden_layers) * batch
         print(f"{figures['hardware']}; batch {batch}, {work / batch / 1e9:.0f} GFLOP an image")
         plain_time = statistics.median(times["plain float32"][1:])
@@ -193,8 +226,8 @@ def main() -> None:
             )
             if given.gpu:
                 print(f"{'':14} peak GPU memory {figures[f'{kind}, peak GPU memory GiB']:.1f} GiB")
-        print(f"float32 losses of {given.rounds + 1} steps agree to {difference:.1e}")
-        if difference > 1e-4:
+        print(f"float32: {given.rounds + 1} losses agree to {difference:.1e}, gradients of the first to {turned:.1e}")
+        if difference > 1e-4 or turned > 1e-3:
             raise SystemExit("The steps disagree: the figures above compare different things.")
         if given.data:
             run = make_run(arguments, screen(64), folder)

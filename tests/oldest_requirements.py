@@ -1,6 +1,6 @@
 """Prints the oldest versions that setup.cfg promises, as pinned requirements for pip; torch is the Makefile's choice.
 
-    python tests/oldest_requirements.py > oldest.txt
+python tests/oldest_requirements.py > oldest.txt
 """
 
 import configparser

@@ -84,8 +84,9 @@ def plain_vit(state, image, heads, patch, eps=1e-6):
     tokens = [state["cls_token"][0, 0]]
     for top in range(0, image.shape[1], patch):
         for left in range(0, image.shape[2], patch):
-            tokens.append(kernel @ image[:, top : top + patch, left : left + patch].ravel() +
-            state["patch_embed.proj.bias"])
+            tokens.append(
+                kernel @ image[:, top : top + patch, left : left + patch].ravel() + state["patch_embed.proj.bias"]
+            )
     x = np.stack(tokens) + plain_interpolation(torch.from_numpy(state["pos_embed"]), *image.shape[1:], patch)
     width, depth = x.shape[1] // heads, 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
     for block in range(depth):

@@ -71,7 +71,7 @@ def test_every_head_has_its_own_map_brightest_where_it_attends_most():
 def test_a_saved_sheet_gives_back_its_titles_and_pictures(tmp_path):
     maps = attention(2, 3, 8, 10)
     tiles = np.random.default_rng(1).uniform(0.2, 1, size=(2, 64, 80))
-    titles = ["Ünïcode <b> 薬 \"quoted\"", "long " * 60]
+    titles = ['Ünïcode <b> 薬 "quoted"', "long " * 60]
     sheet = draw_attention(tiles, maps, np.ones((2, 8, 10), bool), titles, width=WIDTH)
     save_sheet(sheet, tmp_path / "attention_dna.png")
     assert [path.name for path in tmp_path.iterdir()] == ["attention_dna.png"]
