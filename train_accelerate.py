@@ -105,6 +105,12 @@ def check_launch(arguments: TrainingArguments) -> None:
         raise TrainingError("--mixed_precision fp16 needs a GPU: leave it at no.")
 
 
+def avoid_apple_gpu() -> None:
+    """Train on the processor of an Apple machine: its GPU lacks float64 and uint16, which targets and crops use."""
+    if torch.backends.mps.is_available():
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+
+
 def choose_threads(arguments: TrainingArguments) -> None:
     """Give a single CPU process all its cores: `accelerate launch` would leave it one (it sets OMP_NUM_THREADS=1)."""
     alone = "ACCELERATE_MIXED_PRECISION" in os.environ and "WORLD_SIZE" not in os.environ
@@ -744,6 +750,7 @@ def train(arguments: TrainingArguments) -> bool:
     check_launch(arguments)
     if arguments.init == "random":
         check_arguments(arguments, arguments.patch_size)
+    avoid_apple_gpu()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = arguments.tf32
     accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
     expected = int(os.environ.get("WORLD_SIZE", 1))

@@ -58,6 +58,20 @@ def command(*words, **environment):
     )
 
 
+def test_an_apple_machine_trains_on_its_processor():
+    """In a process of its own, for accelerate chooses a device once."""
+    done = command(
+        "-c",
+        "import torch, accelerate.state, train_accelerate\n"
+        "torch.backends.mps.is_available = accelerate.state.is_mps_available = lambda *_: True\n"
+        "assert str(accelerate.PartialState().default_device) == 'mps'\n"
+        "train_accelerate.avoid_apple_gpu()\n"
+        "accelerate.PartialState._reset_state()\n"
+        "print(train_accelerate.Accelerator().device)",
+    )
+    assert done.stdout.split() == ["cpu"], done.stderr
+
+
 def test_paper_preset_is_the_published_recipe():
     _, arguments = train_accelerate.parse_arguments(["--preset", "paper"])
     published = {
