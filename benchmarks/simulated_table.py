@@ -8,7 +8,9 @@ Every cell (condition x seed) is one run folder made by the same commands a user
 A cell that has its results.json is done, an interrupted one resumes from its last checkpoint, and the command may run
 several times at once on one folder, each taking what the others have not. All conditions train for
 the same number of optimiser steps (but `twice_the_steps`), are evaluated at the last step, and differ from `compound`
-in the flags below alone. The table reads nothing but results.json files.
+in the flags below alone. The table reads nothing but results.json files. Beside NSC and NSCB, which move in steps of
+one treatment, it gives the mean average precision of finding treatments of the same mechanism and another compound,
+which uses the whole ranking and so has less noise (needs the package copairs).
 """
 
 import argparse
@@ -67,6 +69,12 @@ MAIN = {
 }
 # What a row is compared with where that is not `dino`.
 PLAIN = {"mixed_plates": "mixed_plates_dino", "clean_compound": "clean_dino", "clean_dino": "clean_dino"}
+# What is shown of an entry of results.json; None where it was not computed.
+MEASURES = {
+    "nsc": ("NSC", lambda entry: entry["nsc"]),
+    "nscb": ("NSCB", lambda entry: entry["nscb"]),
+    "map": ("mAP", lambda entry: entry.get("retrieval", {}).get("moa", {}).get("map")),
+}
 BASELINES = ("intensity", "count", "untrained", "initial")  # what no training changes
 # Fixed before any run, reported whatever they show.
 CONTROLS = {
@@ -123,7 +131,8 @@ def _run_cell(run: Path, screen: Path, flags: list[str], seed: int) -> None:
     extract = [ROOT / "extract_profiles.py", run]
     # The baselines of `compound` stand for all rows, its checkpoints for the choice of an epoch.
     extract += ["--checkpoints"] if run.parent.name == "compound" else ["--sets", "trained"]
-    steps = [[*train, *flags], extract, ["-m", "evaluation_wsdino.evaluate_profiles", run]]
+    evaluate = ["-m", "evaluation_wsdino.evaluate_profiles", run, "--retrieval"]
+    steps = [[*train, *flags], extract, evaluate]
     for step in steps:
         done = subprocess.run([sys.executable, *map(str, step)], cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
@@ -148,17 +157,26 @@ def read_scores(folder: Path) -> dict[str, dict[int, dict]]:
     return rows
 
 
-def paired(first: dict[int, dict], second: dict[int, dict], prefix: str) -> dict:
-    """second - first over the seeds that both have: mean, SD, 95 % t interval, p, and each seed's McNemar p."""
-    seeds = sorted(set(first) & set(second))
-    gains = [second[seed][prefix] - first[seed][prefix] for seed in seeds]
+def values_of(scores: dict[int, dict], measure: str) -> dict[int, float]:
+    """A measure's value by seed, where it was computed."""
+    values = {seed: MEASURES[measure][1](entry) for seed, entry in sorted(scores.items())}
+    return {seed: value for seed, value in values.items() if value is not None}
+
+
+def paired(first: dict[int, dict], second: dict[int, dict], measure: str) -> dict | None:
+    """second - first over the seeds that both have: mean, SD, 95 % t interval, p; of NSC and NSCB each seed's exact p.
+
+    None where they share no seed.
+    """
+    before, after = values_of(first, measure), values_of(second, measure)
+    seeds = sorted(set(before) & set(after))
+    if not seeds:
+        return None
+    gains = [after[seed] - before[seed] for seed in seeds]
     mean = statistics.mean(gains)
-    result = {
-        "seeds": seeds,
-        "gains": gains,
-        "mean": mean,
-        "p_treatments": [compare_sets(first[seed], second[seed], prefix)["p_compound"] for seed in seeds],
-    }
+    result = {"seeds": seeds, "gains": gains, "mean": mean}
+    if measure != "map":
+        result["p_treatments"] = [compare_sets(first[seed], second[seed], measure)["p_compound"] for seed in seeds]
     if len(seeds) > 1:
         sd = statistics.stdev(gains)
         half = student_t.ppf(0.975, len(seeds) - 1) * sd / math.sqrt(len(seeds))
@@ -170,11 +188,15 @@ def paired(first: dict[int, dict], second: dict[int, dict], prefix: str) -> dict
 def format_table(rows: dict[str, dict[int, dict]]) -> tuple[str, dict]:
     """A Markdown table and the same as numbers."""
 
-    def cell(scores, prefix):
-        values = [100 * entry[prefix] for entry in scores.values()]
+    def cell(values):
+        values = [100 * value for value in values.values()]
+        if not values:
+            return ""
         return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
     def gain_text(test):
+        if test is None:
+            return ""
         text = f"{100 * test['mean']:+.1f}"
         if "interval" in test:
             text += f" ({100 * test['interval'][0]:+.1f} to {100 * test['interval'][1]:+.1f})"
@@ -183,26 +205,29 @@ def format_table(rows: dict[str, dict[int, dict]]) -> tuple[str, dict]:
 
     order = [*BASELINES, *MAIN, *CONTROLS]
     lines = [
-        "SIMULATED. NSC and NSCB in %, mean ± SD over seeds. Gain over DINO without labels on the same screen with "
-        "the same anchors, paired by seed: mean, 95 % t interval and p.",
+        "SIMULATED. NSC, NSCB and mAP in %, mean ± SD over seeds. Gain over DINO without labels on the same screen "
+        "with the same anchors, paired by seed: mean, 95 % t interval and p.",
         "",
-        "| row | seeds | NSC | gain in NSC | NSCB | gain in NSCB | channels not healthy |",
-        "|---|---|---|---|---|---|---|",
+        "| row | seeds | "
+        + " | ".join(f"{name} | gain in {name}" for name, _ in MEASURES.values())
+        + " | channels not healthy |",
+        "|" + "---|" * (3 + 2 * len(MEASURES)),
     ]
     numbers = {}
     for name in [*(row for row in order if row in rows), *(row for row in rows if row not in order)]:
         scores = dict(sorted(rows[name].items()))
         base = PLAIN.get(name, "dino")
-        numbers[name] = {prefix: {seed: entry[prefix] for seed, entry in scores.items()} for prefix in ("nsc", "nscb")}
-        gains = {}
-        if name != base and set(scores) & set(rows.get(base, {})):
-            gains = {prefix: paired(rows[base], scores, prefix) for prefix in ("nsc", "nscb")}
+        numbers[name] = {measure: values_of(scores, measure) for measure in MEASURES}
+        gains = {
+            measure: None if name == base else paired(rows.get(base, {}), scores, measure) for measure in MEASURES
+        }
+        if any(gains.values()):
             numbers[name]["gain"] = gains
         verdicts = [verdict for entry in scores.values() for verdict in entry.get("verdicts", [])]
         bad = f"{sum(v != 'healthy' for v in verdicts)}/{len(verdicts)}" if verdicts else ""
         columns = [name, len(scores)]
-        for prefix in ("nsc", "nscb"):
-            columns += [cell(scores, prefix), gain_text(gains[prefix]) if gains else ""]
+        for measure in MEASURES:
+            columns += [cell(numbers[name][measure]), gain_text(gains[measure])]
         lines.append("| " + " | ".join(map(str, [*columns, bad])) + " |")
     lines += epoch_lines(rows)
     return "\n".join(lines), numbers
@@ -230,23 +255,24 @@ def epoch_lines(rows: dict[str, dict[int, dict]]) -> list[str]:
 
 def draw_table(numbers: dict) -> str:
     """The table as an SVG: a dot a seed, a bar at their mean, a dashed line at the mean of DINO without labels."""
-    left, width, gap, step, top = 150, 330, 40, 22, 62
+    left, width, gap, step, top = 150, 250, 34, 22, 62
+    shown = [measure for measure in MEASURES if any(row[measure] for row in numbers.values())]
     height = top + step * len(numbers) + 34
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + 2 * width + gap + 20} {height}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + len(shown) * (width + gap)} {height}" '
         'font-family="sans-serif" font-size="13">',
         f'<rect width="100%" height="{height}" fill="white"/>',
         f'<text x="{left}" y="20" font-weight="bold">SIMULATED screen: a dot a seed, a bar at the mean</text>',
     ]
-    for panel, prefix in enumerate(("nsc", "nscb")):
+    for panel, measure in enumerate(shown):
         x0 = left + panel * (width + gap)
-        parts.append(f'<text x="{x0}" y="{top - 18}">{prefix.upper()} (%)</text>')
+        parts.append(f'<text x="{x0}" y="{top - 18}">{MEASURES[measure][0]} (%)</text>')
         for percent in range(0, 101, 20):
             x = x0 + width * percent / 100
             parts.append(f'<line x1="{x}" x2="{x}" y1="{top - 8}" y2="{height - 26}" stroke="#ddd"/>')
             parts.append(f'<text x="{x}" y="{height - 10}" text-anchor="middle" fill="#555">{percent}</text>')
-        if "dino" in numbers:
-            x = x0 + width * statistics.mean(numbers["dino"][prefix].values())
+        if numbers.get("dino", {}).get(measure):
+            x = x0 + width * statistics.mean(numbers["dino"][measure].values())
             parts.append(
                 f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top - 8}" y2="{height - 26}" stroke="#555" '
                 'stroke-dasharray="4 3"/>'
@@ -256,14 +282,16 @@ def draw_table(numbers: dict) -> str:
             if panel == 0:
                 label = name.replace("_", " ")
                 parts.append(f'<text x="{left - 12}" y="{y + 4}" text-anchor="end">{label}</text>')
-            mean = x0 + width * statistics.mean(row[prefix].values())
+            if not row[measure]:
+                continue
+            mean = x0 + width * statistics.mean(row[measure].values())
             colour = "#777" if name in BASELINES else "#0b6e99" if name in MAIN else "#b35c00"
             parts.append(
                 f'<line x1="{mean:.1f}" x2="{mean:.1f}" y1="{y - 8}" y2="{y + 8}" stroke="{colour}" stroke-width="3"/>'
             )
             parts += [
                 f'<circle cx="{x0 + width * value:.1f}" cy="{y}" r="4" fill="{colour}" fill-opacity="0.55"/>'
-                for value in row[prefix].values()
+                for value in row[measure].values()
             ]
     return "\n".join([*parts, "</svg>\n"])
 

@@ -10,7 +10,7 @@ from scipy.stats import ttest_rel
 from benchmarks import simulated_table
 
 
-def write_results(folder, condition, seed, right, sets=("trained",), simulated=True):
+def write_results(folder, condition, seed, right, sets=("trained",), simulated=True, precision=None):
     """A results.json of ten treatments, of which the first `right` find their mechanism."""
     queries = [{"correct": row < right, "compound": f"c{row // 2}", "excluded": None} for row in range(10)]
     entry = {
@@ -19,6 +19,7 @@ def write_results(folder, condition, seed, right, sets=("trained",), simulated=T
         "treatments": [f"t{row}" for row in range(10)],
         "nsc_queries": queries,
         "nscb_queries": queries,
+        **({"retrieval": {"moa": {"map": precision}}} if precision is not None else {}),
     }
     run = folder / condition / f"seed_{seed}"
     run.mkdir(parents=True)
@@ -47,6 +48,26 @@ def test_table_from_results(tmp_path, capsys):
     numbers = json.loads((tmp_path / "table.json").read_text())
     assert numbers["compound"]["nscb"] == {"0": 0.6, "1": 0.7, "2": 0.9}
     assert list(numbers) == ["intensity", "untrained", "dino", "compound"]
+
+
+def test_average_precision_is_shown_where_it_was_computed(tmp_path, capsys):
+    plain, weak = (0.30, 0.32), (0.40, 0.36)
+    for seed in range(2):
+        write_results(tmp_path, "dino", seed, 4, precision=plain[seed])
+        write_results(tmp_path, "compound", seed, 6, precision=weak[seed])
+        write_results(tmp_path, "moa", seed, 6)
+    simulated_table.main(["--folder", str(tmp_path), "--report"])
+    rows = {line.split()[1]: line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")}
+    test = ttest_rel(weak, plain)
+    low, high = (100 * bound for bound in test.confidence_interval())
+    assert (
+        f"| 38.0 ± {100 * statistics.stdev(weak):.1f} | +7.0 ({low:+.1f} to {high:+.1f}), p = {test.pvalue:.2g} |"
+        in (rows["compound"])
+    )
+    assert "|  |  | 0/2 |" in rows["moa"]
+    numbers = json.loads((tmp_path / "table.json").read_text())
+    assert numbers["moa"]["map"] == {} and numbers["compound"]["map"] == {"0": 0.40, "1": 0.36}
+    assert ElementTree.parse(tmp_path / "table.svg") is not None
 
 
 def test_the_best_epoch_is_told_beside_the_last(tmp_path, capsys):
