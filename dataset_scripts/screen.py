@@ -21,6 +21,7 @@ import pandas as pd
 PARTS = ("annotated", "dmso", "unannotated")
 
 MOST_BYTES = 1_000_000_000  # of a table, unpacked: 300 times BBBC021's; a larger .gz is a bomb
+MOST_WHOLE = 2**31 - 1  # of a site, a replicate, a number of the source: the dataset's columns are int32
 
 
 class ScreenError(ValueError):
@@ -91,13 +92,15 @@ class ScreenColumns:
             raise ScreenError(
                 f"{path} is not a column mapping ({error}): see dataset_scripts/other_screens.md"
             ) from error
-        if not columns.channels or any(len(pair) != 2 for pair in columns.channels.values()):
+        named = [len(pair) == 2 and isinstance(pair[0], str) for pair in columns.channels.values()]
+        named += [pair[1] is None or isinstance(pair[1], str) for pair in columns.channels.values() if len(pair) == 2]
+        if not named or not all(named):
             raise ScreenError(f"{path}: each channel needs a file column, or a pair of file and folder column")
         return columns
 
 
 def treatment_name(compound: str, concentration: float) -> str:
-    """`compound_concentration` with the shortest decimal number, or "DMSO"."""
+    """`compound_concentration` with a number of up to six significant digits, or "DMSO"."""
     return "DMSO" if compound == "DMSO" else f"{compound}_{concentration:g}"
 
 
@@ -139,13 +142,17 @@ def read_screen(image_csv, moa_csv=None, columns: ScreenColumns | None = None) -
     for name in ("plate", "well"):
         fields[name] = _names(raw, getattr(columns, name), image_csv)
     fields["compound"] = _text(raw, columns.compound, image_csv)
-    fields["concentration"] = _numbers(raw, columns.concentration, image_csv)
+    control = fields["compound"] == columns.control
+    if (other := (fields["compound"] == "DMSO") & ~control).any():
+        raise ScreenError(
+            f"{image_csv}, line {fields['row'][other.idxmax()]}: 'DMSO' beside the control {columns.control!r}: name "
+            "it as the control in the column mapping, or rename it in the table"
+        )
+    fields.loc[control, "compound"] = "DMSO"
+    fields["concentration"] = _doses(raw, columns.concentration, control, image_csv)
     if (fields["concentration"] < 0).any():
         row = fields["row"][(fields["concentration"] < 0).idxmax()]
         raise ScreenError(f"{image_csv}, line {row}: column {columns.concentration!r} is negative: mend the table")
-    control = fields["compound"] == columns.control
-    fields.loc[control, "compound"] = "DMSO"
-    fields.loc[control, "concentration"] = 0.0
 
     for channel, (file_column, folder_column) in columns.channels.items():
         path = _text(raw, file_column, image_csv, empty=True).str.replace("\\", "/")
@@ -169,22 +176,23 @@ def read_screen(image_csv, moa_csv=None, columns: ScreenColumns | None = None) -
         raise ScreenError(f"{image_csv}: lines {rows} name the same file {twice.iloc[0]}: mend the table")
 
     if columns.site:
-        fields["site"] = _numbers(raw, columns.site, image_csv).astype(int)
+        fields["site"] = _whole(raw, columns.site, image_csv)
     else:
         file_column = next(iter(columns.channels.values()))[0]
-        found = raw[file_column].astype(str).str.extract(columns.site_pattern, expand=False)
+        found = _first_group(raw[file_column].astype(str), columns.site_pattern, "site_pattern")
         if found.isna().any():
             row = fields["row"][found.isna().idxmax()]
             raise ScreenError(
                 f"{image_csv}, line {row}: no site number ({columns.site_pattern}) in {file_column} "
                 f"{raw[file_column][row - 2]!r}: name the site's column in the column mapping"
             )
-        fields["site"] = found.astype(int)
-    fields["replicate"] = _numbers(raw, columns.replicate, image_csv).astype(int) if columns.replicate else 1
+        name = f"{file_column} by site_pattern"
+        fields["site"] = _whole(found.to_frame(name), name, image_csv)
+    fields["replicate"] = _whole(raw, columns.replicate, image_csv) if columns.replicate else 1
     if columns.batch:
         fields["batch"] = _text(raw, columns.batch, image_csv)
     else:
-        found = fields["plate"].str.extract(columns.batch_pattern, expand=False)
+        found = _first_group(fields["plate"], columns.batch_pattern, "batch_pattern")
         if found.isna().any():
             row = fields["row"][found.isna().idxmax()]
             raise ScreenError(
@@ -193,7 +201,7 @@ def read_screen(image_csv, moa_csv=None, columns: ScreenColumns | None = None) -
             )
         fields["batch"] = found
     for name, column in (("table_number", columns.table), ("image_number", columns.image)):
-        fields[name] = _numbers(raw, column, image_csv).astype(int) if column in raw else 0
+        fields[name] = _whole(raw, column, image_csv) if column in raw else 0
 
     fields["treatment"] = [
         treatment_name(*pair) for pair in zip(fields["compound"], fields["concentration"], strict=True)
@@ -208,8 +216,14 @@ def read_screen(image_csv, moa_csv=None, columns: ScreenColumns | None = None) -
                 f"{absent[0]!r}: mend the compound's name or concentration, or take the line out"
             )
         fields["moa"] = fields["treatment"].map(known).fillna("")
-    control = fields["compound"] == "DMSO"
     fields.loc[control, "moa"] = "DMSO"
+    first = fields.groupby("treatment")["moa"].transform("first")
+    if (other := fields["moa"] != first).any():
+        i = int(other.idxmax())
+        raise ScreenError(
+            f"{image_csv}, line {fields['row'][i]}: {fields['treatment'][i]!r} is {fields['moa'][i]!r} here and "
+            f"{first[i]!r} above: keep one"
+        )
     fields["part"] = np.where(control, "dmso", np.where(fields["moa"] == "", "unannotated", "annotated"))
     return fields
 
@@ -221,7 +235,7 @@ def read_mechanisms(moa_csv, columns: ScreenColumns | None = None) -> dict[str, 
     compound, concentration, moa = columns.moa_table
     _require(table, columns.moa_table, moa_csv)
     names = _text(table, compound, moa_csv)
-    doses = _numbers(table, concentration, moa_csv)
+    doses = _doses(table, concentration, names == columns.control, moa_csv)
     treatments = [
         treatment_name("DMSO" if name == columns.control else name, dose)
         for name, dose in zip(names, doses, strict=True)
@@ -251,7 +265,9 @@ def _read_csv(path: Path, what: str) -> pd.DataFrame:
             table = pd.read_csv(io.BytesIO(content), dtype=str, keep_default_na=False, index_col=False)
     except (ValueError, OSError, EOFError, zlib.error, pd.errors.ParserWarning) as error:
         reason = " ".join(str(error).split())
-        raise ScreenError(f"{what} {path} cannot be read as CSV ({reason}): fetch it again") from error
+        raise ScreenError(
+            f"{what} {path} cannot be read as CSV ({reason}): save it as CSV in UTF-8, or fetch it again"
+        ) from error
     short = table.isna().any(axis=1)  # empty cells are text here, so only those that the line lacks
     if short.any():
         raise ScreenError(f"{what} {path}, line {int(short.idxmax()) + 2}: fewer values than columns: fetch it again")
@@ -291,6 +307,30 @@ def _numbers(table: pd.DataFrame, column: str, path) -> pd.Series:
         i = int(bad.idxmax())
         raise ScreenError(f"{path}, line {i + 2}: column {column!r} is {table[column][i]!r}, which is not a number")
     return numbers
+
+
+def _doses(table: pd.DataFrame, column: str, control: pd.Series, path) -> pd.Series:
+    """Numbers, 0 for the control, whose concentration many screens leave empty."""
+    return _numbers(table[column].mask(control, "0").to_frame(), column, path)
+
+
+def _whole(table: pd.DataFrame, column: str, path) -> pd.Series:
+    numbers = _numbers(table, column, path)
+    if (bad := (numbers != numbers.round()) | (numbers.abs() > MOST_WHOLE)).any():
+        i = int(bad.idxmax())
+        raise ScreenError(
+            f"{path}, line {i + 2}: column {column!r} is {table[column][i]!r}, which is not a whole number of at most "
+            f"{MOST_WHOLE:,}"
+        )
+    return numbers.astype(int)
+
+
+def _first_group(text: pd.Series, pattern: str, name: str) -> pd.Series:
+    """What the pattern's first group finds in each text, NaN where it finds nothing."""
+    try:
+        return text.str.extract(pattern).iloc[:, 0]
+    except (ValueError, TypeError, re.error) as error:
+        raise ScreenError(f"{name} {pattern!r} ({error}): give a regular expression with a group") from error
 
 
 def channel_pattern(name: str) -> bool:

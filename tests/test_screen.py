@@ -2,6 +2,7 @@
 
 import os
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -131,6 +132,79 @@ def test_another_screen_brings_its_columns(tmp_path):
     assert list(fields["er_file"]) == ["a_er.tif", "b_er.tif", "c_er.tif"]
 
 
+OTHER = ScreenColumns(
+    channels={"dna": ("F", None)}, plate="P", well="W", site="S", compound="D", concentration="C", moa="M",
+    replicate=None, control="vehicle",
+)  # fmt: skip
+ROWS = """\
+P,W,S,D,C,M,F
+p1,A01,1,vehicle,0,,a_s1_.tif
+p1,A02,1,aspirin,5,COX,b_s1_.tif
+p1,A03,2,aspirin,5,COX,c_s2_.tif
+"""
+
+
+def read_other(tmp_path, old="", new="", encoding="utf-8", **changes):
+    assert old in ROWS
+    (tmp_path / "t.csv").write_text(ROWS.replace(old, new, 1) if old else ROWS, encoding=encoding)
+    return read_screen(tmp_path / "t.csv", None, replace(OTHER, **changes))
+
+
+@pytest.mark.parametrize("dose", ["", "NA", "0", "-", "0.1 %"])
+def test_the_control_needs_no_concentration(tmp_path, dose):
+    fields = read_other(tmp_path, "vehicle,0", f"vehicle,{dose}")
+    (tmp_path / "moa.csv").write_text(f"compound,concentration,moa\nvehicle,{dose},none\naspirin,5,COX\n")
+    pd.testing.assert_frame_equal(
+        read_screen(tmp_path / "t.csv", tmp_path / "moa.csv", OTHER), fields, check_dtype=False
+    )
+    assert list(fields["concentration"]) == [0, 5, 5]
+    assert list(fields["treatment"]) == ["DMSO", "aspirin_5", "aspirin_5"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("aspirin,5", "aspirin,5 µM", "line 3: column 'C' is '5 µM', which is not a number"),
+        ("A01,1,", "A01,1.5,", "line 2: column 'S' is '1.5', which is not a whole number of at most 2,147,483,647"),
+        ("A01,1,", "A01,3000000000,", "line 2: column 'S' is '3000000000', which is not a whole number of at most"),
+        ("A01,1,", "A01,1e25,", "line 2: column 'S' is '1e25', which is not a whole number"),
+        ("aspirin,5,COX,c", "aspirin,5,MAO,c", "t.csv, line 4: 'aspirin_5' is 'MAO' here and 'COX' above: keep one"),
+        ("aspirin,5,COX,c", "aspirin,5,,c", "t.csv, line 4: 'aspirin_5' is '' here and 'COX' above: keep one"),
+        ("A02,1,aspirin", "A02,1,DMSO", "t.csv, line 3: 'DMSO' beside the control 'vehicle': .*rename"),
+    ],
+)
+def test_faults_of_another_screen_are_named(tmp_path, old, new, message):
+    with pytest.raises(ScreenError, match=message):
+        read_other(tmp_path, old, new)
+
+
+def test_a_table_in_another_encoding_is_told_so(tmp_path):
+    with pytest.raises(ScreenError, match="cannot be read as CSV .*'utf-8'.*: save it as CSV in UTF-8, or fetch it"):
+        read_other(tmp_path, "aspirin", "β-aspirin", encoding="iso8859-7")
+    with pytest.raises(ScreenError, match="cannot be read as CSV .*NUL.*: save it as CSV in UTF-8, or fetch it"):
+        read_other(tmp_path, encoding="utf-16")
+
+
+def test_patterns_give_their_first_group(tmp_path):
+    fields = read_other(tmp_path, site=None, site_pattern=r"_s(\d)(_)", batch_pattern=r"^(?P<run>p)(?P<plate>\d)")
+    assert list(fields["site"]) == [1, 1, 2] and set(fields["batch"]) == {"p"}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [("(", "'[(]' .missing [)]"), ("_s[0-9]", "'_s.0-9.' .pattern contains no"), (5, "5 [(]")],
+)
+@pytest.mark.parametrize("name", ["site_pattern", "batch_pattern"])
+def test_patterns_must_have_a_group(tmp_path, name, pattern, message):
+    with pytest.raises(ScreenError, match=f"{name} {message}.*: give a regular expression with a group"):
+        read_other(tmp_path, site=None, **{name: pattern})
+
+
+def test_a_site_by_pattern_must_be_a_number(tmp_path):
+    with pytest.raises(ScreenError, match="line 2: column 'F by site_pattern' is 's1', which is not a number"):
+        read_other(tmp_path, site=None, site_pattern="_(s.)_")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -139,6 +213,7 @@ def test_another_screen_brings_its_columns(tmp_path):
         ('{"plate": "P"}', "no 'channels'"),
         ('{"channels": {}}', "each channel needs"),
         ('{"channels": {"dna": ["a", "b", "c"]}}', "each channel needs"),
+        ('{"channels": {"dna": [["a"], "b"]}}', "each channel needs"),
         ('{"channels": {"dna": "a"}, "plaet": "P"}', "plaet"),
     ],
 )
