@@ -25,13 +25,13 @@ def read_image(source: str | BinaryIO, name: str) -> tuple[np.ndarray, str]:
     Returns
     -------
     plane : numpy.ndarray
-        `(rows, columns)`, of whatever depth the file has.
+        `(rows, columns)`, of whatever depth the file has, in the machine's byte order.
     mode : str
 
     Raises
     ------
     ScreenError
-        It is missing, not an image, truncated, larger than :data:`MAX_PIXELS`, or not of one grey channel.
+        It is missing, not an image, truncated, larger than :data:`MAX_PIXELS`, a stack, or not of one grey channel.
     """
     too_large = f"{name} has more than {MAX_PIXELS:,} pixels, the most that are read: cut it into fields"
     try:
@@ -41,6 +41,8 @@ def read_image(source: str | BinaryIO, name: str) -> tuple[np.ndarray, str]:
         with opened as image:
             if image.width * image.height > MAX_PIXELS:  # known from the header: nothing is decoded yet
                 raise ScreenError(too_large)
+            if (count := getattr(image, "n_frames", 1)) > 1:  # of which the first alone would be read
+                raise ScreenError(f"{name} holds {count} images: give one file a channel and field")
             mode = image.mode
             plane = np.asarray(image)
     except ScreenError:
@@ -53,4 +55,4 @@ def read_image(source: str | BinaryIO, name: str) -> tuple[np.ndarray, str]:
         raise ScreenError(f"{name} is truncated or not an image ({error}): fetch it again") from error
     if plane.ndim != 2 or mode == "P":
         raise ScreenError(f"{name} is not one grey channel (mode {mode}): give one file a channel")
-    return plane, mode
+    return plane.astype(plane.dtype.newbyteorder("="), copy=False), mode

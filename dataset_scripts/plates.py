@@ -138,10 +138,12 @@ def read_plane(path: Path, bits: int = 16, size: tuple[int, int] | None = None, 
     plane, mode = read_image(path, wanted)
     depth = 8 if plane.dtype == np.uint8 else 16 if plane.dtype == np.uint16 else 0
     if depth != bits:
-        raise ScreenError(
-            f"{wanted} is {f'{depth}-bit' if depth else f'of mode {mode}'}, not {bits}-bit: "
-            "give the original files" + ("" if bits == 8 else ", or build an 8-bit screen with --bits 8")
-        )
+        found, mend = {
+            0: (f"of mode {mode}", ", as whole numbers without a sign"),
+            8: ("8-bit", ", or build an 8-bit screen with --bits 8"),
+            16: ("16-bit", ", or leave --bits 8 out"),
+        }[depth]
+        raise ScreenError(f"{wanted} is {found}, not {bits}-bit: give the original files{mend}")
     if size is not None and plane.shape != tuple(size):
         raise ScreenError(
             f"{wanted} is {plane.shape[1]} x {plane.shape[0]} pixels where the screen's first image is "

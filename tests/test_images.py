@@ -41,6 +41,33 @@ def test_pixels_and_depth_are_kept(tmp_path, kind, dtype):
         assert found.dtype == dtype and (found == plane).all()
 
 
+def tiff(plane, pages=1):
+    """An uncompressed TIFF in big-endian order, as ImageJ writes it: each page's directory, then its pixels."""
+    rows, columns = plane.shape
+    data, content = plane.astype(">u2").tobytes(), b"MM\0*" + struct.pack(">I", 8)
+    for page in range(pages):
+        start = len(content) + 2 + 8 * 12 + 4
+        entries = [(256, 4, columns), (257, 4, rows), (258, 3, 16), (259, 3, 1), (262, 3, 1), (273, 4, start)]
+        entries += [(278, 4, rows), (279, 4, len(data))]
+        content += struct.pack(">H", len(entries))
+        for tag, kind, value in entries:
+            content += struct.pack(">HHII", tag, kind, 1, value << 16 if kind == 3 else value)
+        content += struct.pack(">I", start + len(data) if page + 1 < pages else 0) + data
+    return content
+
+
+def test_big_endian_tiffs_are_read_in_the_machine_s_order():
+    plane, mode = read_image(io.BytesIO(tiff(PLANE)), "a")
+    assert plane.dtype == np.uint16 and plane.dtype.isnative and (plane == PLANE).all()
+    assert mode == "I;16B"
+
+
+def test_a_stack_is_refused():
+    """Its first page alone would be read, silently."""
+    with pytest.raises(ScreenError, match="field 7 holds 3 images: give one file a channel and field"):
+        read_image(io.BytesIO(tiff(PLANE, pages=3)), "field 7")
+
+
 @pytest.mark.parametrize(("width", "height"), [(10_001, 10_000), (1, 100_000_001), (12_000, 12_000), (2**31 - 1,) * 2])
 def test_bombs_are_refused_by_their_header(monkeypatch, width, height):
     """Pillow warns from 89 and refuses from 179 million pixels; here all above 100 million are refused, silently."""

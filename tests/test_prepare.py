@@ -263,6 +263,8 @@ def damage(path, kind):
         path.write_bytes(b"")
     elif kind == "8-bit":
         Image.fromarray((plane >> 8).astype(np.uint8)).save(path)
+    elif kind == "float":
+        Image.fromarray(plane.astype(np.float32)).save(path)
     elif kind == "wrong size":
         Image.fromarray(plane[:-2]).save(path)
     elif kind == "colour":
@@ -276,7 +278,8 @@ def damage(path, kind):
         ("truncated", "is truncated or not an image.*fetch it again"),
         ("not an image", "is truncated or not an image.*fetch it again"),
         ("empty", "is truncated or not an image.*fetch it again"),
-        ("8-bit", "is 8-bit, not 16-bit: .*--bits 8"),
+        ("8-bit", "is 8-bit, not 16-bit: give the original files, or build an 8-bit screen with --bits 8"),
+        ("float", "is of mode F, not 16-bit: give the original files, as whole numbers without a sign$"),
         ("wrong size", "is 80 x 62 pixels where .* 80 x 64"),
         ("colour", "is not one grey channel"),
     ],
@@ -299,6 +302,12 @@ def test_bad_images_are_named_with_their_row(raw, tmp_path, kind, message, capsy
 
     for shard in (tmp_path / "out").rglob("*.parquet"):
         parquet.read_table(shard)
+
+
+def test_16_bit_images_of_an_8_bit_screen(raw, tmp_path):
+    folder, _ = copy_of(raw, tmp_path / "raw")
+    with pytest.raises(ScreenError, match="is 16-bit, not 8-bit: give the original files, or leave --bits 8 out"):
+        build_dataset(folder, tmp_path / "out", bits=8, progress=False)
 
 
 def test_an_error_in_a_worker_process_is_the_same_sentence(raw, tmp_path):
