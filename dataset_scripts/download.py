@@ -83,21 +83,28 @@ class Downloader:
         with ThreadPoolExecutor(8) as pool:
             return dict(zip(names, pool.map(self._size, names), strict=True))
 
-    def fetch(self, name: str, check: Callable[[Path], None] = lambda path: None) -> Path:
+    def fetch(self, name: str, check: Callable[[Path], None] | None = None) -> Path:
         """Fetch one file unless a copy that agrees with the manifest is there.
+
+        One that the manifest does not know, and that `check` can judge, counts as received so far: it may have been
+        brought by hand.
 
         Parameters
         ----------
         name : str
             Of the file, under the base URL.
-        check : callable
+        check : callable, optional
             Raises `ValueError` or `zipfile.BadZipFile` for bad content, which is then fetched again.
         """
         target = self.folder / name
         if target.is_file():
-            if self.known(name) == _digest(target):
+            known = self.known(name)
+            if known is not None and known == _digest(target):
                 return target
-            target.unlink()
+            if known is None and check is not None:
+                os.replace(target, self._partial(name))
+            else:
+                target.unlink()
         problem = "no answer"
         for attempt in range(self.attempts):
             if attempt:
@@ -115,7 +122,8 @@ class Downloader:
                 problem = str(error) or type(error).__name__
                 continue
             try:
-                check(partial)
+                if check is not None:
+                    check(partial)
             except (ValueError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
                 if isinstance(error, ScreenError):
                     partial.unlink()
@@ -143,6 +151,9 @@ class Downloader:
         """Size and sha256 of a file as first fetched."""
         with self._lock:
             return self._hashes().get(name)
+
+    def _partial(self, name: str) -> Path:
+        return self.folder / f"{name}.partial"
 
     def _hashes(self) -> dict[str, dict]:
         try:
@@ -188,7 +199,7 @@ class Downloader:
 
     def _receive(self, name: str) -> Path:
         """One attempt: goes on from `<name>.partial`; returns it when its length is what the server says."""
-        partial = self.folder / f"{name}.partial"
+        partial = self._partial(name)
         start = partial.stat().st_size if partial.is_file() else 0
         if name not in self._begun:
             self._begun.add(name)

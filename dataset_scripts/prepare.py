@@ -163,10 +163,14 @@ def build_dataset(
     _open_output(output, work, recipe, screen.plate_names())
     with _alone(output, work):
         tasks = _plate_tasks(screen, output, recipe)
-        todo = [task for task in tasks if not _plate_done(task)]
-        if progress and len(todo) < len(tasks):
-            print(f"{len(tasks) - len(todo)} of {len(tasks)} plates are built already")
+        done = {task.plate for task in tasks if _plate_done(task)}
+        todo = [task for task in tasks if task.plate not in done]
+        if progress and done:
+            print(f"{len(done)} of {len(tasks)} plates are built already")
         if downloader is not None:
+            for plate in done:
+                if _unpacked(downloader, plate).is_dir():  # an earlier run was stopped before it deleted them
+                    _delete_raw(downloader, plate, keep_raw)
             todo, absent, fetched = _check_archives(
                 downloader, todo, allow_missing, keep_raw, workers, downloads, progress
             )
@@ -497,9 +501,7 @@ def _work_off(tasks, pool, workers, bar, ticks, downloader, downloads, keep_raw)
                         raise error
                     failures.append(error)
                 if downloader is not None:
-                    shutil.rmtree(downloader.folder / "plates" / task.plate, ignore_errors=True)
-                    if not keep_raw and not error:
-                        (downloader.folder / archive_name(task.plate)).unlink(missing_ok=True)
+                    _delete_raw(downloader, task.plate, keep_raw or error is not None)
     except BaseException:
         for future in [*fetching, *building]:
             future.cancel()
@@ -522,9 +524,20 @@ def _worker_count(workers: int | None, tasks: list[PlateTask]) -> int:
 def _fetch_plate(downloader: Downloader, plate: str) -> Path:
     """Fetch, check and unpack one plate; returns the folder of its images."""
     archive = downloader.fetch(archive_name(plate), check_archive)
-    folder = downloader.folder / "plates" / plate
+    folder = _unpacked(downloader, plate)
     extract_archive(archive, folder)
     return folder
+
+
+def _delete_raw(downloader: Downloader, plate: str, keep_archive: bool) -> None:
+    """Delete a plate's unpacked images, and first its archive: while the folder is there, this is not done."""
+    if not keep_archive:
+        (downloader.folder / archive_name(plate)).unlink(missing_ok=True)
+    shutil.rmtree(_unpacked(downloader, plate), ignore_errors=True)
+
+
+def _unpacked(downloader: Downloader, plate: str) -> Path:
+    return downloader.folder / "plates" / plate
 
 
 def _check_archives(downloader, tasks, allow_missing, keep_raw, workers, downloads, progress):
@@ -653,6 +666,8 @@ def main(argv=None) -> None:
         )
     except (ScreenError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"\n{parser.prog}: interrupted: run the command again to go on from here\n")
 
 
 if __name__ == "__main__":

@@ -282,6 +282,61 @@ def test_downloaded_build_equals_the_local_one(server, raw, tmp_path, capsys):
     assert len([name for name, _ in server.requests if name.endswith(".zip")]) == before
 
 
+@pytest.mark.parametrize("part", [1, 3], ids=["whole", "in part"])
+def test_an_archive_brought_by_hand_is_taken(server, raw, tmp_path, part):
+    """Fetched by another program, whole or broken off: not thrown away, and verified all the same."""
+    name = archive_name(plates_of(raw)[0])
+    content = (server.folder / name).read_bytes()
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / name).write_bytes(content[: len(content) // part])
+    path = fetcher(server, tmp_path / "raw").fetch(name, check_archive)
+    assert path.read_bytes() == content
+    assert server.requests == [(name, f"bytes={len(content) // part}-")]
+    assert json.loads((tmp_path / "raw" / "archives.json").read_text())[name]["sha256"] == sha256(path)
+
+
+def test_a_damaged_archive_brought_by_hand_is_fetched(server, raw, tmp_path):
+    name = archive_name(plates_of(raw)[0])
+    content = (server.folder / name).read_bytes()
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / name).write_bytes(bytes(len(content)))
+    assert fetcher(server, tmp_path / "raw").fetch(name, check_archive).read_bytes() == content
+
+
+def test_a_table_brought_by_hand_is_fetched_whole(server, tmp_path):
+    """Nothing would tell a mixture of two tables."""
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "BBBC021_v1_moa.csv").write_text("compound,conc")
+    path = fetcher(server, tmp_path / "raw").fetch("BBBC021_v1_moa.csv")
+    assert path.read_bytes() == (server.folder / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("keep_raw", [False, True])
+def test_raw_images_that_an_interruption_left_are_deleted(server, raw, tmp_path, keep_raw):
+    """As if stopped when a plate was built and before its raw images were deleted: the next run does it."""
+    arguments = dict(download=True, base_url=server.url, progress=False)
+    build_dataset(tmp_path / "raw", tmp_path / "out", keep_raw=True, **arguments)
+    left, kept = (tmp_path / "raw" / archive_name(plate) for plate in plates_of(raw))
+    extract_archive(left, tmp_path / "raw" / "plates" / plates_of(raw)[0])
+    build_dataset(tmp_path / "raw", tmp_path / "out", keep_raw=keep_raw, **arguments)
+    assert not list((tmp_path / "raw").rglob("*.tif"))
+    assert left.is_file() == keep_raw and kept.is_file()
+
+
+def test_an_interruption_is_one_sentence(server, tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dataset_scripts.prepare._build_plate", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main(
+            ["--raw", str(tmp_path / "raw"), "--output", str(tmp_path / "out"), "--workers", "1"]
+            + ["--download", "--base_url", server.url]
+        )
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.endswith("wsdino-prepare: interrupted: run the command again to go on from here\n")
+
+
 def test_a_plate_that_the_server_lacks(server, raw, tmp_path, capsys):
     plates = plates_of(raw)
     (server.folder / archive_name(plates[1])).unlink()
