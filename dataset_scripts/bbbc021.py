@@ -100,7 +100,7 @@ class RawScreen:
         for channel in self.channels:
             if not channel_pattern(channel):
                 raise ScreenError(f"channel name {channel!r} cannot be a column: use letters, digits and _")
-            if channel in screen_features([]):
+            if channel in screen_features([other for other in self.channels if other != channel]):
                 raise ScreenError(f"channel name {channel!r} is that of another column: choose another name")
         if self.image_csv is None:
             self.image_csv = self._table("BBBC021_v1_image.csv", self.raw)

@@ -588,6 +588,11 @@ def _remove_strangers(output: Path, records: list[dict]) -> None:
 def _report(output: Path, screen, records, counts) -> None:
     rows = {part: counts["fields"][part] for part in PARTS}
     print(f"{output}: " + ", ".join(f"{count:,} {part}" for part, count in rows.items()) + " fields")
+    if not rows["dmso"]:
+        print(
+            f"no field is of the control {screen.columns.control!r}, on which profiles are whitened: if the screen "
+            "has one, name it in the column mapping"
+        )
     if counts["fields_absent"] or counts["fields_incomplete"]:
         print(
             f"of the {counts['fields_named']:,} fields in {screen.image_csv}, {counts['fields_absent']:,} are absent "
@@ -656,7 +661,7 @@ def main(argv=None) -> None:
             resize=args.resize,
             interpolation=args.interpolation,
             bits=args.bits,
-            plates=None if args.plates is None else [name for name in args.plates.split(",") if name],
+            plates=None if args.plates is None else [name.strip() for name in args.plates.split(",") if name.strip()],
             source=args.source,
             download=args.download,
             base_url=args.base_url,

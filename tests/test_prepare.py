@@ -452,6 +452,29 @@ def test_a_channel_must_be_a_column_of_its_own(tmp_path, name, message):
         RawScreen(tmp_path, tmp_path / "t.csv", columns=ScreenColumns(channels={name: ("F", None)}))
 
 
+def test_a_channel_must_not_be_another_one_s_file_column(tmp_path):
+    from dataset_scripts import RawScreen, ScreenColumns
+
+    columns = ScreenColumns(channels={"dna": ("F", None), "dna_file": ("G", None)})
+    with pytest.raises(ScreenError, match="'dna_file' is that of another column"):
+        RawScreen(tmp_path, tmp_path / "t.csv", columns=columns)
+
+
+def test_a_screen_without_its_control_is_told_so(raw, tmp_path, capsys):
+    folder, _ = copy_of(raw, tmp_path / "raw")
+    table = folder / "BBBC021_v1_image.csv"
+    table.write_text(table.read_text().replace("DMSO", "dmso"))
+    build_dataset(folder, tmp_path / "out", illumination=False)
+    assert "no field is of the control 'DMSO'" in capsys.readouterr().out
+
+
+def test_plates_may_be_named_with_spaces_between(raw, tmp_path):
+    plates = sorted({row["Image_Metadata_Plate_DAPI"] for row in table_of(raw)})[:2]
+    folders = ["--raw", str(raw), "--output", str(tmp_path / "out")]
+    main([*folders, "--no_illumination", "--plates", ", ".join(plates)])
+    assert set(load(tmp_path / "out", "all", tmp_path)["plate"]) == set(plates)
+
+
 def test_a_damaged_record_of_a_plate_is_made_anew(raw, tmp_path):
     build_dataset(raw, tmp_path / "out", progress=False)
     content = json.loads((tmp_path / "out" / "build.json").read_text())
