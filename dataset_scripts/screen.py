@@ -125,8 +125,8 @@ def read_screen(image_csv, moa_csv=None, columns: ScreenColumns | None = None) -
     Raises
     ------
     ScreenError
-        Missing file or column, a value that cannot be read, two rows naming the same file, or an annotated treatment
-        that no image shows.
+        Missing file or column, a value that cannot be read, two rows naming the same file or the same site, a
+        treatment of two mechanisms, or an annotated treatment that no image shows.
     """
     columns = columns or ScreenColumns()
     image_csv = Path(image_csv)
@@ -188,6 +188,15 @@ def read_screen(image_csv, moa_csv=None, columns: ScreenColumns | None = None) -
             )
         name = f"{file_column} by site_pattern"
         fields["site"] = _whole(found.to_frame(name), name, image_csv)
+    twice = fields.index[fields.duplicated(["plate", "well", "site"], keep=False)]
+    if len(twice):
+        plate, well, site = fields.loc[twice[0], ["plate", "well", "site"]]
+        same = (fields["plate"] == plate) & (fields["well"] == well) & (fields["site"] == site)
+        rows = " and ".join(str(row) for row in fields["row"][same][:2])
+        raise ScreenError(
+            f"{image_csv}: lines {rows} are both site {site} of well {well} of plate {plate}: number the sites of a "
+            "well, and keep one plane of a focus stack"
+        )
     fields["replicate"] = _whole(raw, columns.replicate, image_csv) if columns.replicate else 1
     if columns.batch:
         fields["batch"] = _text(raw, columns.batch, image_csv)

@@ -170,6 +170,7 @@ def test_the_control_needs_no_concentration(tmp_path, dose):
         ("A01,1,", "A01,1e25,", "line 2: column 'S' is '1e25', which is not a whole number"),
         ("aspirin,5,COX,c", "aspirin,5,MAO,c", "t.csv, line 4: 'aspirin_5' is 'MAO' here and 'COX' above: keep one"),
         ("aspirin,5,COX,c", "aspirin,5,,c", "t.csv, line 4: 'aspirin_5' is '' here and 'COX' above: keep one"),
+        ("A03,2,", "A02,1,", "t.csv: lines 3 and 4 are both site 1 of well A02 of plate p1: number the sites"),
         ("A02,1,aspirin", "A02,1,DMSO", "t.csv, line 3: 'DMSO' beside the control 'vehicle': .*rename"),
     ],
 )
