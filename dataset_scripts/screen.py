@@ -286,7 +286,10 @@ def _read_csv(path: Path, what: str) -> pd.DataFrame:
 def _require(table: pd.DataFrame, columns, path) -> None:
     for column in columns:
         if column not in table:
-            raise ScreenError(f"{path} has no column {column!r} (it has {', '.join(map(str, table.columns))})")
+            raise ScreenError(
+                f"{path} has no column {column!r} (it has {', '.join(map(str, table.columns))}): name one of these in "
+                "the column mapping (dataset_scripts/other_screens.md), or fetch the table again"
+            )
 
 
 def _text(table: pd.DataFrame, column: str, path, empty: bool = False) -> pd.Series:

@@ -65,7 +65,7 @@ def replace_in(path, old, new):
 @pytest.mark.parametrize(
     ("table", "old", "new", "message"),
     [
-        (0, "Image_FileName_Actin", "Image_FileName_Aktin", "image.csv has no column 'Image_FileName_Actin'"),
+        (0, "Image_FileName_Actin", "Image_FileName_Aktin", "csv has no column 'Image_FileName_Actin' .*: name one"),
         (1, '"moa"', '"mode"', "moa.csv has no column 'moa'"),
         (0, ",taxol,0.3", ",taxol,high", "image.csv, line 2: .*Concentration.*'high'.*not a number"),
         (0, ",DMSO,0", ",,0", "image.csv, line 4: .*Compound' is empty"),
