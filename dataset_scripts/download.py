@@ -114,10 +114,7 @@ class Downloader:
             try:
                 partial = self._receive(name)
             except _Gone as error:
-                raise ScreenError(
-                    f"{self.base_url}{name} does not exist ({error}): check the plate's name and --base_url, "
-                    "or pass --allow_missing to go on without it"
-                ) from error
+                raise ScreenError(f"{self.base_url}{name} does not exist ({error}): check --base_url") from error
             except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: an impossible length
                 problem = str(error) or type(error).__name__
                 continue

@@ -383,6 +383,13 @@ def test_a_full_disk_is_told_before_anything_is_fetched(server, tmp_path, monkey
     assert not [name for name, _ in server.requests if name.endswith(".zip")]
 
 
+def test_a_table_that_the_server_lacks(server, tmp_path, capsys):
+    """--allow_missing would not help, and is not named."""
+    (server.folder / "BBBC021_v1_moa.csv").unlink()
+    with pytest.raises(ScreenError, match=r"BBBC021_v1_moa.csv does not exist \(HTTP 404\): check --base_url$"):
+        build_dataset(tmp_path / "raw", tmp_path / "out", download=True, base_url=server.url, allow_missing=True)
+
+
 def test_addresses_are_checked(tmp_path):
     with pytest.raises(ScreenError, match="http"):
         Downloader("ftp://example.org", tmp_path)
