@@ -109,8 +109,17 @@ def load_parts(path: str, parts: list[str], channels: list[str]):
 
 
 def metadata_table(dataset) -> pd.DataFrame:
-    """`Metadata_*` columns of every field."""
+    """`Metadata_*` columns of every field.
+
+    Raises:
+        ScreenError: if there is none: nobody could tell whose the features are.
+    """
     present = {column: name for column, name in METADATA.items() if column in dataset.column_names}
+    if not present:
+        raise ScreenError(
+            f"The dataset has none of the columns {', '.join(sorted(METADATA))}, which say whose the features are: "
+            "rename its own so."
+        )
     table = dataset.select_columns(list(present)).to_pandas()
     return table.rename(columns={column: f"Metadata_{name}" for column, name in present.items()})
 
@@ -150,6 +159,7 @@ class Planes(Dataset):
         """
         try:
             plane = np.asarray(self.table[int(row)][self.channel])
+            plane = plane.astype(plane.dtype.newbyteorder("="), copy=False)
         except (OSError, SyntaxError, ValueError) as error:
             raise ScreenError(
                 f"row {row}: the {self.channel} image cannot be read ({error}): build it again."

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 from dataclasses import asdict
@@ -851,3 +852,30 @@ def test_planes_are_read_without_a_copy_of_the_dataset(tiny_screen):
     assert len(planes) == 3
     for plane, row in zip(planes, (3, 1, 3), strict=True):
         np.testing.assert_array_equal(plane, rows[row]["actin"])
+
+
+def test_big_endian_planes_are_read_as_any_other(tmp_path):
+    """ImageJ writes TIFFs so; the header by hand, for Pillow writes the machine's order."""
+    plane = np.arange(20 * 24, dtype=np.uint16).reshape(20, 24) * 100
+    entries = [(256, 24), (257, 20), (258, 16), (259, 1), (262, 1), (273, 8), (278, 20), (279, plane.nbytes)]
+    directory = b"".join(struct.pack(">HHIHH", tag, 3, 1, value, 0) for tag, value in entries)
+    header = b"MM\0*" + struct.pack(">I", 8 + plane.nbytes)
+    content = header + plane.astype(">u2").tobytes() + struct.pack(">H", len(entries)) + directory + bytes(4)
+    dataset = Dataset.from_dict({"er": [{"bytes": content, "path": None}]}, features=Features({"er": ImageFeature()}))
+    found = extract_profiles.Planes(dataset, "er")[0]
+    assert found.dtype == np.uint16 and (found == plane).all()
+
+
+def test_a_dataset_that_says_nothing_of_its_fields(tmp_path, capsys):
+    """It trains by any label; profiles without a column to know them by would be of no use."""
+    planes = [Image.fromarray(np.full((32, 32), i, np.uint16)) for i in range(2)]
+    dataset = Dataset.from_dict({"er": planes, "gene": ["a", "b"]}).cast_column("er", ImageFeature())
+    (tmp_path / "own").mkdir()
+    dataset.to_parquet(tmp_path / "own" / "train.parquet")
+    words = ("--dataset", str(tmp_path / "own"), "--parts", "default", "--output", str(tmp_path / "p.parquet"))
+    build_repository(tmp_path / "model", make_model(["er"]), WSDinoImageProcessor(tile_size=32))
+    with pytest.raises(SystemExit) as ended:
+        extract("--model", str(tmp_path / "model"), *words)
+    assert ended.value.code == 2
+    assert "has none of the columns batch, compound, " in capsys.readouterr().err
+    assert not (tmp_path / "p.parquet").exists()
