@@ -499,6 +499,8 @@ def main(argv=None) -> None:
         )
     except (ScreenError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"\n{parser.prog}: interrupted: run the command again to go on from here\n")
     what = f"the plates of {args.plate_map[0]}" if args.plate_map else f"size {args.size}"
     print(f"{folder}: simulated screen, seed {args.seed}, {what}")
 

@@ -123,6 +123,17 @@ def test_marks_itself_and_is_safe_to_repeat(screen, tmp_path):
         simulate_screen(tmp_path, size="tiny")
 
 
+def test_an_interruption_is_one_sentence(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dataset_scripts.simulate._write_well", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main([str(tmp_path / "raw"), "--size", "tiny", "--image_size", "40", "48", "--workers", "1"])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.endswith("wsdino-simulate: interrupted: run the command again to go on from here\n")
+
+
 def test_an_interrupted_simulation_is_finished_with_the_same_bytes(tmp_path, monkeypatch):
     from dataset_scripts import simulate
 
