@@ -11,6 +11,7 @@ from pathlib import Path
 
 import evaluate
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -336,6 +337,17 @@ def test_tiny_and_huge_vectors_keep_their_direction():
     assert result["nsc"] == 1.0
 
 
+def test_a_far_treatment_makes_no_ties_of_near_ones_under_euclidean():
+    """Squared distances by products round at the scale of the farthest profile; what is near is told apart anew."""
+    profiles = [[0.0, 0.0], [0.0, 1.0], [0.0, 1.000001], [1e6, 0.0]]
+    moas, compounds = ["x", "x", "y", "y"], ["a", "b", "c", "d"]
+    for k in (1, 2):
+        query = not_same_compound(profiles, moas, compounds, metric="euclidean", k=k)["nsc_queries"][0]
+        assert (query["neighbour"], query["tied"], query["correct"]) == (1, 1, True)
+    tied = not_same_compound([*profiles, [0.6, 0.8]], [*moas, "y"], [*compounds, "e"], metric="euclidean")
+    assert (tied["nsc_queries"][0]["neighbour"], tied["nsc_queries"][0]["tied"]) == (4, 2)
+
+
 def test_a_tied_vote_goes_to_the_nearest():
     angles = np.deg2rad([0, 1, 2, 3, 4])
     profiles = np.column_stack([np.cos(angles), np.sin(angles)])
@@ -372,8 +384,6 @@ def test_the_metric_returns_the_contracts_keys(metric):
 
 
 def test_the_metric_takes_arrays_series_numbers_and_options(metric):
-    import pandas as pd
-
     table = toy()
     expected = metric.compute(**table, metric="euclidean", k=2)
     frame = pd.DataFrame({key: table[key] for key in ("references", "compounds", "batches")}, index=list("wxyz"))
@@ -441,6 +451,9 @@ def test_the_folder_loads_in_a_process_without_this_package(tmp_path):
         ({"references": ["x", "x", "y"]}, "references holds 3 values for 4 profiles"),
         ({"compounds": ["a", "b", "", "d"]}, r"compounds\[2\] is empty"),
         ({"references": ["x", None, "y", "y"]}, r"references\[1\] is empty"),
+        ({"references": ["x", float("nan"), "y", "y"]}, r"references\[1\] is empty"),
+        ({"compounds": pd.Series(["a", pd.NA, "c", "d"])}, r"compounds\[1\] is empty"),
+        ({"batches": [pd.NaT, "Week2", "Week1", "Week2"]}, r"batches\[0\] is empty"),
         ({"batches": ["Week1", "|", "Week1", "Week2"]}, r"batches\[1\] is '\|'"),
         ({"profiles": [[1.0], [1.0, 2.0], [1.0], [1.0]]}, "not a table of numbers"),
         ({"profiles": [1.0, 2.0, 3.0, 4.0]}, r"shape \(4,\)"),
@@ -538,6 +551,12 @@ def test_the_page_scores_a_csv(app, tmp_path):
     path.write_text("moa,compound,batch,name\nx,a,w,text\n")
     with pytest.raises(ValueError, match="no column of numbers"):
         app.score_file(path)
+
+
+def test_the_page_without_gradio_says_what_to_install(app, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(SystemExit, match="pip install gradio"):
+        app.main()
 
 
 def test_batches_may_be_called_anything():

@@ -54,7 +54,10 @@ def score_file(path, metric="cosine", batch_rule="median"):
 
 
 def main():
-    import gradio
+    try:
+        import gradio
+    except ImportError:
+        raise SystemExit("This page is run by Gradio, which is not installed: pip install gradio.") from None
 
     def run(file, metric, batch_rule):
         try:

@@ -46,7 +46,7 @@ Args:
     k: neighbours that vote, 1 by default. A tied vote goes to the MOA whose member is nearest.
     batch_rule: when two treatments are in one batch (see the README): "median" (default), "joined", "disjoint" or
         "plate".
-    plates: with batch_rule="plate", the plate or plates (joined by "|") of each treatment.
+    plates: with batch_rule="plate", the plate or plates (joined by "|") of each treatment; without it the batches.
     exclude: NSCB queries left out: "single_batch" (default: MOAs that occur in one batch, as in the published table),
         "unanswerable" (treatments without a candidate of their own MOA; in NSC too) or "none".
     keep_excluded: True leaves the treatments of excluded MOAs among the candidates (the published table removes them).
@@ -76,6 +76,7 @@ Examples:
 _BLOCK_BYTES = 4 * 2**20
 _WHOLE_BYTES = 64 * 2**20  # up to this all similarities are computed at once
 _LEAST_ROWS = 128  # fewer rows a product would waste the processor
+_MISSING = ("None", "nan", "NaT", "<NA>")  # how values that are no text print where a name is missing
 
 
 def _natural_key(name):
@@ -92,8 +93,15 @@ def _codes(names):
     return np.unique(np.asarray(names, dtype=object).astype(str), return_inverse=True)[1].reshape(-1)
 
 
+def _texts(values):
+    """Each value as text; None for None and for the missing values of numpy and pandas: NaN, NaT and NA."""
+    texts = [value if isinstance(value, str) else str(value) for value in values]
+    missing = [not isinstance(value, str) and text in _MISSING for value, text in zip(values, texts, strict=True)]
+    return [None if gone else text for gone, text in zip(missing, texts, strict=True)]
+
+
 def _labels(name, values, length):
-    values = [None if value is None else str(value) for value in values]
+    values = _texts(values)
     if len(values) != length:
         raise ValueError(f"{name} holds {len(values)} values for {length} profiles: give one a treatment.")
     empty = [row for row, value in enumerate(values) if value is None or not value.strip()]
@@ -199,7 +207,8 @@ def _search(vectors, euclidean, moa, compound, usable, scores, k, ties):
     candidate_vectors = vectors if len(columns) == count else vectors[columns]
     moa, compound = moa.astype(np.int32), compound.astype(np.int32)
     squares = np.einsum("ij,ij->i", vectors, vectors) if euclidean else None
-    # Rounding in a product of unit vectors, or of squares up to the largest: nearer than this is a tie.
+    # Rounding in a product of unit vectors, or of squares up to the largest: nearer than this is a tie (of squares,
+    # may be one).
     tolerance = 1e-12 * (4 * squares.max() if euclidean else 1.0)
     # The order in which tied candidates are taken; names first, so that shuffled rows give the same answer.
     priority = np.arange(count)
@@ -238,13 +247,20 @@ def _search(vectors, euclidean, moa, compound, usable, scores, k, ties):
                 number = np.where(some, np.count_nonzero(tied, axis=1), 0)
                 for row in np.flatnonzero(number > 1):
                     equal = np.flatnonzero(tied[row])
+                    if euclidean:
+                        # The products round at the scale of the farthest vector, differences at that of these.
+                        distance = np.linalg.norm(candidate_vectors[equal] - vectors[rows[row]], axis=1)
+                        least, size = distance.min(), np.sqrt(squares[rows[row]])
+                        equal = equal[distance <= least + 1e-12 * (least + 2 * size)]
+                        number[row] = len(equal)
                     order = priority[columns[equal]]
                     if ties == "pessimistic":
                         order = order + count * (moa[columns[equal]] == moa[rows[row]])
                     pick[row] = equal[order.argmin()]
                 value = similarity[np.arange(len(rows)), pick]
                 score.neighbours[rows, place] = np.where(some, columns[pick], -1)
-                score.similarities[rows, place] = np.where(some, value, np.nan)
+                shown = -np.linalg.norm(candidate_vectors[pick] - vectors[rows], axis=1) if euclidean else value
+                score.similarities[rows, place] = np.where(some, shown, np.nan)
                 if place == 0:
                     score.tied[rows] = number
                 taken.append((pick, value))
@@ -283,9 +299,6 @@ def _search(vectors, euclidean, moa, compound, usable, scores, k, ties):
         unclear = np.concatenate(unclear)
         for start in range(0, len(unclear), step):
             exact(unclear[start : start + step], False)
-    for score in found:
-        if euclidean:
-            score.similarities = -np.sqrt(np.maximum(-score.similarities, 0.0))
     return found
 
 
@@ -455,8 +468,7 @@ class NotSameCompound(evaluate.Metric):
         columns = {"references": references, **kwargs}
         for name, column in columns.items():
             if column is not None:
-                missing = (value is None or value != value for value in column)
-                columns[name] = [None if gone else str(value) for gone, value in zip(missing, column, strict=True)]
+                columns[name] = _texts(column)
         super().add_batch(predictions=predictions, **columns)
 
     def _compute(self, predictions, references, compounds, batches, **options):
