@@ -60,6 +60,9 @@ def bootstrap_interval(correct, compounds, level=0.95, draws=10_000, seed=0):
 def permutation_null(queries, draws=10_000, seed=0):
     """How often shuffled labels score as well: the MOAs are dealt anew to the compounds, the neighbours stay.
 
+    The hypothesis tested is that labels have nothing to do with who is whose neighbour. A small p-value refutes that
+    and no more: under NSC the neighbours may have been found through the batch.
+
     Parameters
     ----------
     queries : list of dict
@@ -73,24 +76,33 @@ def permutation_null(queries, draws=10_000, seed=0):
     scored = [query for query in queries if query["excluded"] is None]
     if not scored:
         return {"p_value": math.nan, "null_mean": math.nan, "null_high": math.nan, "draws": 0}
-    moa_of = {}
-    for query in queries:
-        moa_of.setdefault(query["compound"], query["moa"])
-    compounds = sorted(moa_of)
-    position = {compound: index for index, compound in enumerate(compounds)}
-    names = sorted(set(moa_of.values()))
-    labels = np.array([names.index(moa_of[compound]) for compound in compounds])
-    # A query without a neighbour is wrong under every labelling.
-    own = np.array([position[query["compound"]] for query in scored])
-    near = np.array([position.get(query["neighbour_compound"], -1) for query in scored])
-    observed = int(((labels[own] == labels[near]) & (near >= 0)).sum())
+    # What is dealt: a compound's MOA, or each of them where doses of one compound have several.
+    names = {moa: code for code, moa in enumerate(sorted({query["moa"] for query in queries}))}
+    units = {}
+    unit = [units.setdefault((query["compound"], query["moa"]), len(units)) for query in queries]
+    labels = np.array([names[moa] for _, moa in units])
+    own = np.array([unit[row] for row, query in enumerate(queries) if query["excluded"] is None])
+    voters = [query.get("neighbours", [query["neighbour"]]) for query in scored]
+    near = np.full((len(scored), max(map(len, voters), default=0) or 1), -1)
+    for row, rows in enumerate(voters):
+        rows = [unit[other] for other in rows if other is not None]
+        near[row, : len(rows)] = rows
+
+    def right(dealt):
+        """How many of the queries are right in each of the labellings (labellings, units)."""
+        votes = np.where(near >= 0, dealt[:, near], -1)
+        # As the metric counts them: most votes, and of equals the nearest. A query without a neighbour is wrong.
+        number = (votes[..., None, :] == votes[..., None]).sum(axis=-1) * (near >= 0)
+        winner = np.take_along_axis(votes, number.argmax(axis=-1)[..., None], axis=-1)[..., 0]
+        return (winner == dealt[:, own]).sum(axis=1)
+
+    observed = right(labels[None])[0]
     rng = np.random.default_rng(seed)
     counts = np.empty(draws, dtype=np.int64)
-    step = max(1, 4_000_000 // len(scored))
+    step = max(1, 200_000 // (near.size * near.shape[1]))
     for start in range(0, draws, step):
         rows = min(step, draws - start)
-        shuffled = rng.permuted(np.tile(labels, (rows, 1)), axis=1)
-        counts[start : start + rows] = ((shuffled[:, own] == shuffled[:, near]) & (near >= 0)).sum(axis=1)
+        counts[start : start + rows] = right(rng.permuted(np.tile(labels, (rows, 1)), axis=1))
     return {
         "p_value": float((1 + (counts >= observed).sum()) / (1 + draws)),
         "null_mean": float(counts.mean() / len(scored)),

@@ -62,7 +62,7 @@ def queries(moas, neighbours):
     names = [f"c{index}" for index in range(len(moas))]
     return [
         {
-            "moa": moa, "compound": names[row], "neighbour_compound": None if near is None else names[near],
+            "moa": moa, "compound": names[row], "neighbour": near,
             "correct": near is not None and moas[near] == moa, "excluded": None,
         }
         for row, (moa, near) in enumerate(zip(moas, neighbours, strict=True))
@@ -85,12 +85,39 @@ def test_the_permutation_null_keeps_compounds_whole_and_skips_left_out_queries()
     many = queries(list("xxyy"), [1, 0, 3, None])
     for query in many:
         query["compound"] = "same"
+        query["moa"] = "x"
     # One compound only: dealing its label anew changes nothing, and the p-value is 1.
-    many[0]["neighbour_compound"] = many[1]["neighbour_compound"] = many[2]["neighbour_compound"] = "same"
     assert permutation_null(many, draws=50)["p_value"] == 1.0
     for query in many:
         query["excluded"] = "occurs in one batch"
     assert permutation_null(many)["draws"] == 0
+
+
+def test_the_permutation_null_is_of_the_vote_where_several_neighbours_vote():
+    moas, neighbours = list("xxyyz"), [[2, 1, 4], [0, 3, 2], [3, 0, 1], [2, 4], [3, 2, 0]]
+
+    def score(labels):
+        right = 0
+        for row, near in enumerate(neighbours):
+            votes = [labels[other] for other in near]
+            right += max(votes, key=lambda vote: (votes.count(vote), -votes.index(vote))) == labels[row]
+        return right
+
+    many = queries(moas, [near[0] for near in neighbours])
+    for query, near in zip(many, neighbours, strict=True):
+        query["neighbours"] = near
+    counts = [score(labels) for labels in itertools.permutations(moas)]
+    null = permutation_null(many, draws=20_000)
+    assert null["p_value"] == pytest.approx(np.mean([count >= score(moas) for count in counts]), abs=0.01)
+    assert null["null_mean"] == pytest.approx(np.mean(counts) / 5, abs=0.01)
+
+
+def test_the_permutation_null_of_a_compound_with_two_mechanisms():
+    """As of one that hits another target at a higher dose: each of its mechanisms is dealt for itself."""
+    many = queries(list("xyxy"), [2, 3, 0, 1])
+    many[1]["compound"] = many[0]["compound"]
+    null = permutation_null(many, draws=20_000)
+    assert null["p_value"] == pytest.approx(1 / 3, abs=0.02)  # of the 6 ways to deal x, x, y, y two match all
 
 
 def answers(*values, compounds=None):
