@@ -11,6 +11,7 @@ import pandas as pd
 
 CONTROL = "DMSO"
 _NEEDED = ("Metadata_Plate", "Metadata_Compound", "Metadata_Treatment")
+_WHOLE = ("Metadata_Batch", "Metadata_Well", "Metadata_Site")  # a screen names them for all fields or for none
 
 
 class ProfileError(ValueError):
@@ -27,7 +28,7 @@ def feature_columns(profiles):
 
 
 def check_profiles(profiles, source="the profile table"):
-    """Raise ProfileError unless `profiles` has the columns needed, finite numbers, and no field twice."""
+    """Raise ProfileError unless `profiles` has the columns needed, finite numbers, whole names, and no field twice."""
     for column in _NEEDED:
         if column not in profiles.columns:
             raise ProfileError(f"{source} has no column {column}: write it as extract_profiles.py does.")
@@ -46,13 +47,16 @@ def check_profiles(profiles, source="the profile table"):
             f"{source}, row {row}, column {columns[column]}, is not a finite number ({bad.any(axis=1).sum()} such "
             "rows): extract those fields again or leave them out."
         )
-    for column in _NEEDED:
+    unnamed = set()
+    for column in _NEEDED + tuple(name for name in _WHOLE if name in profiles.columns):
         empty = profiles[column].isna() | (profiles[column].astype(str).str.strip() == "")
-        if empty.any():
+        if empty.all() and column in _WHOLE:
+            unnamed.add(column)
+        elif empty.any():
             row = int(np.flatnonzero(empty)[0])
             raise ProfileError(f"{source}, row {row}, has no {column}: every field needs one.")
     keys = ("Metadata_Source", "Metadata_Plate", "Metadata_Well", "Metadata_Site")
-    keys = [column for column in keys if column in profiles.columns]
+    keys = [column for column in keys if column in profiles.columns and column not in unnamed]
     if "Metadata_Well" in keys and "Metadata_Site" in keys:
         twice = profiles.duplicated(keys, keep=False)
         if twice.any():
@@ -93,6 +97,7 @@ def normalize_profiles(profiles, normalizer, group_by=None):
     """
     from sklearn.base import clone
 
+    check_profiles(profiles)
     control = (profiles["Metadata_Compound"] == CONTROL).to_numpy()
     if control.sum() < 2:
         raise ProfileError(
@@ -163,8 +168,10 @@ def aggregate_profiles(profiles, *, unit="plate", within="mean", across="median"
     Raises
     ------
     ProfileError
-        If a treatment has two compounds or MOAs, or nothing but DMSO is there.
+        If a treatment has two compounds or MOAs, or nothing but DMSO is there, or the table is not one that
+        `check_profiles` lets pass: a value not finite, a field twice, a name missing.
     """
+    check_profiles(profiles)
     if unit not in _UNITS:
         raise ProfileError(f"unit is {unit!r}: choose one of {', '.join(_UNITS)}.")
     for name, value in (("within", within), ("across", across)):
@@ -196,6 +203,8 @@ def aggregate_profiles(profiles, *, unit="plate", within="mean", across="median"
         for key in keys:
             if key not in treated.columns:
                 raise ProfileError(f"The profiles have no column {key}, by which fields are to be averaged.")
+            if treated[key].isna().any():
+                raise ProfileError(f"The profiles name no {key}, by which fields are to be averaged.")
         names = [treated["Metadata_Treatment"], *[treated[key] for key in keys]]
         features = features.groupby(names, sort=True).agg(within)
         values = features.groupby(level=0, sort=True).agg(across)

@@ -182,6 +182,33 @@ def test_unusable_tables_are_refused_in_a_sentence(tmp_path, kind, message):
         read_profiles(tmp_path / "t.parquet")
 
 
+@pytest.mark.parametrize("kind", ["no plate", "nan", "empty name", "duplicate"])
+def test_tables_that_were_not_read_from_a_file_are_checked_too(kind):
+    """A mean would pass over NaN, and count a field given twice twice."""
+    message = {"no plate": "no column Metadata_Plate", "nan": "not a finite number", "empty name": "has no Metadata_T"}
+    for use in (aggregate_profiles, lambda frame: normalize_profiles(frame, TypicalVariationNormalizer())):
+        with pytest.raises(ProfileError, match=message.get(kind, "are the same plate, well and site")):
+            use(spoil(kind))
+
+
+def test_a_field_without_a_batch_or_well_is_refused_where_others_have_one():
+    for column in ("Metadata_Batch", "Metadata_Well"):
+        frame = table()
+        frame.loc[4, column] = None
+        with pytest.raises(ProfileError, match=f"row 4, has no {column}"):
+            aggregate_profiles(frame)
+
+
+def test_tables_without_any_well_are_no_duplicates():
+    """As of screens that name no wells: nothing says which field is which."""
+    frame = table()
+    expected = aggregate_profiles(frame)
+    frame["Metadata_Well"] = None
+    pd.testing.assert_frame_equal(aggregate_profiles(frame), expected)
+    with pytest.raises(ProfileError, match="name no Metadata_Well, by which"):
+        aggregate_profiles(frame, unit="well")
+
+
 def test_contradictions_and_missing_controls_are_refused():
     frame = table()
     frame.loc[frame.index[frame["Metadata_Treatment"] == "taxol_1"][0], "Metadata_MOA"] = "other"
