@@ -34,6 +34,29 @@ def check_profiles(profiles, source="the profile table"):
             raise ProfileError(f"{source} has no column {column}: write it as extract_profiles.py does.")
     if not len(profiles):
         raise ProfileError(f"{source} has no rows: extract at least one DMSO and one treated field.")
+    _check_features(profiles, source)
+    unnamed = set()
+    for column in _NEEDED + tuple(name for name in _WHOLE if name in profiles.columns):
+        empty = profiles[column].isna() | (profiles[column].astype(str).str.strip() == "")
+        if empty.all() and column in _WHOLE:
+            unnamed.add(column)
+        elif empty.any():
+            row = int(np.flatnonzero(empty)[0])
+            raise ProfileError(f"{source}, row {row}, has no {column}: every field needs one.")
+    keys = ("Metadata_Source", "Metadata_Plate", "Metadata_Well", "Metadata_Site")
+    keys = [column for column in keys if column in profiles.columns and column not in unnamed]
+    if "Metadata_Well" in keys and "Metadata_Site" in keys:
+        twice = profiles.duplicated(keys).to_numpy()
+        if twice.any():
+            field = profiles.groupby(keys, dropna=False, sort=False).ngroup().to_numpy()
+            first, second = np.flatnonzero(field == field[twice.argmax()])[:2]
+            raise ProfileError(
+                f"{source}, rows {first} and {second}, are the same plate, well and site: keep one row a field."
+            )
+
+
+def _check_features(profiles, source="the profile table"):
+    """The part of `check_profiles` that is about numbers."""
     columns = [column for names in feature_columns(profiles).values() for column in names]
     if not columns:
         raise ProfileError(f"{source} has no feature columns, named like dna_0000.")
@@ -47,23 +70,6 @@ def check_profiles(profiles, source="the profile table"):
             f"{source}, row {row}, column {columns[column]}, is not a finite number ({bad.any(axis=1).sum()} such "
             "rows): extract those fields again or leave them out."
         )
-    unnamed = set()
-    for column in _NEEDED + tuple(name for name in _WHOLE if name in profiles.columns):
-        empty = profiles[column].isna() | (profiles[column].astype(str).str.strip() == "")
-        if empty.all() and column in _WHOLE:
-            unnamed.add(column)
-        elif empty.any():
-            row = int(np.flatnonzero(empty)[0])
-            raise ProfileError(f"{source}, row {row}, has no {column}: every field needs one.")
-    keys = ("Metadata_Source", "Metadata_Plate", "Metadata_Well", "Metadata_Site")
-    keys = [column for column in keys if column in profiles.columns and column not in unnamed]
-    if "Metadata_Well" in keys and "Metadata_Site" in keys:
-        twice = profiles.duplicated(keys, keep=False)
-        if twice.any():
-            first, second = np.flatnonzero((profiles[keys] == profiles[keys][twice].iloc[0]).all(axis=1))[:2]
-            raise ProfileError(
-                f"{source}, rows {first} and {second}, are the same plate, well and site: keep one row a field."
-            )
 
 
 def read_profiles(path):
@@ -97,7 +103,7 @@ def normalize_profiles(profiles, normalizer, group_by=None):
     """
     from sklearn.base import clone
 
-    check_profiles(profiles)
+    _check_features(profiles)
     control = (profiles["Metadata_Compound"] == CONTROL).to_numpy()
     if control.sum() < 2:
         raise ProfileError(

@@ -182,13 +182,27 @@ def test_unusable_tables_are_refused_in_a_sentence(tmp_path, kind, message):
         read_profiles(tmp_path / "t.parquet")
 
 
-@pytest.mark.parametrize("kind", ["no plate", "nan", "empty name", "duplicate"])
-def test_tables_that_were_not_read_from_a_file_are_checked_too(kind):
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("no plate", "no column Metadata_Plate"),
+        ("nan", "not a finite number"),
+        ("empty name", "has no Metadata_Treatment"),
+        ("duplicate", "are the same plate, well and site"),
+    ],
+)
+def test_tables_that_were_not_read_from_a_file_are_checked_too(kind, message):
     """A mean would pass over NaN, and count a field given twice twice."""
-    message = {"no plate": "no column Metadata_Plate", "nan": "not a finite number", "empty name": "has no Metadata_T"}
-    for use in (aggregate_profiles, lambda frame: normalize_profiles(frame, TypicalVariationNormalizer())):
-        with pytest.raises(ProfileError, match=message.get(kind, "are the same plate, well and site")):
-            use(spoil(kind))
+    with pytest.raises(ProfileError, match=message):
+        aggregate_profiles(spoil(kind))
+    if kind == "nan":
+        with pytest.raises(ProfileError, match=message):
+            normalize_profiles(spoil(kind), TypicalVariationNormalizer())
+
+
+def test_a_field_twice_is_refused_where_no_source_is_named_too():
+    with pytest.raises(ProfileError, match="rows 3 and [0-9]+, are the same plate, well and site"):
+        aggregate_profiles(spoil("duplicate").assign(Metadata_Source=None))
 
 
 def test_a_field_without_a_batch_or_well_is_refused_where_others_have_one():
