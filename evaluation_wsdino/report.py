@@ -159,7 +159,7 @@ def _ordered(sets):
 
 def _interval(scores, prefix, kind="bootstrap"):
     low, high = scores.get(f"{prefix}_{kind}") or (None, None)
-    return "" if low is None else f"{100 * low:.0f}–{100 * high:.0f} %"
+    return "" if low is None else f"{100 * low:.0f}–{percent(high, 0)}"
 
 
 def _score(scores, prefix):
@@ -171,7 +171,11 @@ def _score(scores, prefix):
 def _p_value(value):
     if value is None:
         return "–"
-    return "p < 0.001" if value < 0.001 else f"p = {value:.2g}"
+    return "p\u00a0<\u00a00.001" if value < 0.001 else f"p\u00a0=\u00a0{value:.2g}"
+
+
+def _points(share):
+    return f"{100 * share:+.1f}\u00a0points"
 
 
 def _table(head, rows, numeric=()):
@@ -195,6 +199,13 @@ def _table(head, rows, numeric=()):
 
 
 def _headline(runs):
+    """The scores of each run's headline set: cards, or above two runs a table, which can be read down a column."""
+    if len(runs) > 2:
+        rows = [
+            ("", [f"<b>{escape(run['name'])}</b>", *[_score_cell(_main(run), p) for p in ("nsc", "nscb")]])
+            for run in runs
+        ]
+        return _table(["Run", "NSC", "NSCB"], rows, numeric=(1, 2))
     cards = []
     for run in runs:
         results = run["results"]
@@ -214,7 +225,7 @@ def _headline(runs):
             cards.append(
                 f'<div class="card">{escape(label)}<b>{percent(scores[prefix])}</b>'
                 f"<small>{scores[f'{prefix}_correct']} of {scores[f'{prefix}_total']} {what}</small>"
-                + (f"<small>95 % interval {interval} (compounds drawn anew)</small>" if interval else "")
+                + (f"<small>95\u00a0% interval {interval} (compounds drawn anew)</small>" if interval else "")
                 + (f"<small>for comparison: {escape(', '.join(others))}</small>" if others else "")
                 + "</div>"
             )
@@ -222,26 +233,36 @@ def _headline(runs):
 
 
 def _verdicts(runs):
-    """One sentence a comparison: is the headline's set better than what it must beat?"""
+    """One sentence a comparison: is the headline's set better than what it must beat, or a run than the first?"""
     lines = []
-    for run in runs:
-        for comparison in run["results"].get("comparisons", []):
-            parts = []
-            for prefix in ("nsc", "nscb"):
-                part = comparison[prefix]
-                if part["compared"]:
-                    points = 100 * part["difference"]
-                    sure = part["p_compound"] < 0.05
-                    word = "not told apart from" if not sure else "better than" if points > 0 else "worse than"
-                    mark = "soft" if not sure else "ok" if points > 0 else "miss"
-                    parts.append(
-                        f'{prefix.upper()} <b class="{mark}">{word}</b> {escape(comparison["first"])} '
-                        f"({points:+.1f} points, {_p_value(part['p_compound'])})"
-                    )
-            if parts:
-                name = f"{run['name']}, {comparison['second']}" if len(runs) > 1 else comparison["second"]
-                lines.append(f"<li>{escape(name)}: {'; '.join(parts)}</li>")
+    for title, other, parts in _run_comparisons(runs) if len(runs) > 1 else _set_comparisons(runs[0]):
+        found = []
+        for prefix in ("nsc", "nscb"):
+            part = parts[prefix]
+            if part["compared"]:
+                sure = part["p_compound"] < 0.05
+                word = "not told apart from" if not sure else "better than" if part["difference"] > 0 else "worse than"
+                mark = "soft" if not sure else "ok" if part["difference"] > 0 else "miss"
+                found.append(
+                    f'{prefix.upper()} <b class="{mark}">{word}</b> {escape(other)} '
+                    f"({_points(part['difference'])}, {_p_value(part['p_compound'])})"
+                )
+        if found:
+            lines.append(f"<li>{escape(title)}: {'; '.join(found)}</li>")
     return f"<ul>{''.join(lines)}</ul>" if lines else ""
+
+
+def _set_comparisons(run):
+    """(set, other set, {prefix: comparison}) of a run: its headline's set against each other one."""
+    for comparison in run["results"].get("comparisons", []):
+        yield comparison["second"], comparison["first"], comparison
+
+
+def _run_comparisons(runs):
+    """(run, first run, {prefix: comparison}) of the headline's sets of every run but the first."""
+    for run in runs[1:]:
+        parts = {prefix: compare_sets(_main(runs[0]), _main(run), prefix) for prefix in ("nsc", "nscb")}
+        yield run["name"], runs[0]["name"], parts
 
 
 def _sets_section(runs):
@@ -259,13 +280,20 @@ def _sets_section(runs):
                 ratio = _with_lines(number(part["participation_ratio"]), f"of {part['features']}")
                 shares = [_with_lines(_score(part, p), _interval_line(part, p)) for p in ("nsc", "nscb")]
                 rows.append(("sub", [escape(channel), *shares, ratio]))
+    count = sum(len(run["results"]["sets"]) for run in runs)
+    table = _table(["Profiles", "NSC", "NSCB", "dimensions in use"], rows, numeric=range(1, 4))
     return (
-        _table(["Profiles", "NSC", "NSCB", "dimensions in use"], rows, numeric=range(1, 4))
-        + '<p class="soft">The 95 % interval draws compounds anew, since treatments of one compound succeed and fail '
-        "together. By chance: the mean score with mechanisms dealt at random to compounds, and how often that scores "
-        "as well. Dimensions in use: participation ratio of the features before normalization; 1 if they all "
+        _folded(table, f"{count} sets of profiles, and each channel alone", runs)
+        + '<p class="soft">The 95\u00a0% interval draws compounds anew, since treatments of one compound succeed and '
+        "fail together. By chance: the mean score with mechanisms dealt at random to compounds, and how often that "
+        "scores as well. Dimensions in use: participation ratio of the features before normalization; 1 if they all "
         "vary along one line. Compare it with the untrained network's: brightness alone can bring it near 1.</p>"
     )
+
+
+def _folded(table, summary, runs):
+    """A table that grows with the runs: behind its summary where there are more than two."""
+    return f"<details><summary>{summary}</summary>{table}</details>" if len(runs) > 2 else table
 
 
 def _score_cell(scores, prefix):
@@ -277,7 +305,7 @@ def _score_cell(scores, prefix):
 
 def _interval_line(scores, prefix):
     interval = _interval(scores, prefix)
-    return f'<span class="about">95 %: </span><span class="whole">{interval}</span>' if interval else ""
+    return f'<span class="about">95\u00a0%: </span><span class="whole">{interval}</span>' if interval else ""
 
 
 def _with_lines(first, *others):
@@ -286,34 +314,34 @@ def _with_lines(first, *others):
 
 
 def _comparison_section(runs):
-    rows = []
+    of_sets = []
     for run in runs:
-        for comparison in run["results"].get("comparisons", []):
-            for prefix in ("nsc", "nscb"):
-                part = comparison[prefix]
-                if not part["compared"]:
-                    continue
-                title = f"{comparison['second']} against {comparison['first']}"
-                title = f"{run['name']}: {title}" if len(runs) > 1 else title
-                rows.append(_comparison_row(title, prefix, part))
-    if len(runs) > 1:
-        first = runs[0]
-        for run in runs[1:]:
-            sets = [item["results"]["sets"][item["results"]["headline"]["set"]] for item in (first, run)]
-            for prefix in ("nsc", "nscb"):
-                part = compare_sets(*sets, prefix)
-                if part["compared"]:
-                    rows.append(_comparison_row(f"{run['name']} against {first['name']}", prefix, part))
-    if not rows:
+        name = f"{run['name']}: " if len(runs) > 1 else ""
+        of_sets += [(name + title, other, parts) for title, other, parts in _set_comparisons(run)]
+    of_runs, of_sets = _comparison_rows(_run_comparisons(runs)), _comparison_rows(of_sets)
+    if not of_runs and not of_sets:
         return ""
     head = ["Comparison", "difference", "gained, lost", "by compound"]
+    between = _table(head, of_runs, numeric=range(1, 4)) if of_runs else ""
+    within = _table(head, of_sets, numeric=range(1, 4)) if of_sets else ""
     return (
         "<h2 id=comparison>Are the differences real?</h2>"
-        + _table(head, rows, numeric=range(1, 4))
+        + between
+        + (within and _folded(within, f"{len(of_sets)} comparisons within the runs", runs))
         + '<p class="soft">Gained, lost: treatments that only the first named, or only the other, got right. By '
         "compound: the two exchanged compound by compound; the one to trust, since one compound often brings several "
-        "treatments. Exact: McNemar's test, each changed treatment a fair coin.</p>"
+        "treatments. Exact: McNemar's test, each changed treatment a fair coin. The p-values are not corrected for "
+        "their number: of twenty comparisons without a difference one is below 0.05 by chance.</p>"
     )
+
+
+def _comparison_rows(comparisons):
+    return [
+        _comparison_row(f"{title} against {other}", prefix, parts[prefix])
+        for title, other, parts in comparisons
+        for prefix in ("nsc", "nscb")
+        if parts[prefix]["compared"]
+    ]
 
 
 def _comparison_row(title, prefix, part):
@@ -321,12 +349,11 @@ def _comparison_row(title, prefix, part):
         count = len(treatments)
         return f'<span title="{escape(", ".join(treatments))}">{count}</span>' if count else "0"
 
-    difference = f"{100 * part['difference']:+.1f} points"
     return (
         "",
         [
             f'{escape(title)}<br><span class="soft">{prefix.upper()}, {part["compared"]} treatments</span>',
-            difference,
+            _points(part["difference"]),
             f"{names(part['gained'])}, {names(part['lost'])}",
             f'{_p_value(part["p_compound"])}<br><span class="soft">exact {_p_value(part["p_exact"])}</span>',
         ],
@@ -409,9 +436,8 @@ def _is_number(line, field):
 
 def _epochs_section(runs, fixed=None, prefix="nscb"):
     """Scores taken during training: the last, the mean over a window fixed beforehand, and the best with its mark."""
-    rows, window = [], fixed
-    channels = sorted({channel for run in runs for channel in run["metrics"]}, key=_channel_key)
-    for channel in channels:
+    summaries = []
+    for channel in sorted({channel for run in runs for channel in run["metrics"]}, key=_channel_key):
         curves = {}
         for run in runs:
             lines = [line for line in run["metrics"].get(channel, []) if _is_number(line, prefix)]
@@ -419,14 +445,18 @@ def _epochs_section(runs, fixed=None, prefix="nscb"):
                 curves[run["name"]] = [(line.get("epoch", line["step"]), line[prefix]) for line in lines]
         if not curves:
             continue
-        if fixed is None:  # the last quarter of what every run has reached
-            end = min(points[-1][0] for points in curves.values())
-            window = (0.75 * end, end)
-        first, last = window
+        # Without a window given, the last quarter of what every run has reached.
+        end = min(points[-1][0] for points in curves.values())
+        first, last = fixed or (0.75 * end, end)
         curves = {name: points for name, points in curves.items() if any(first <= x <= last for x, _ in points)}
-        if not curves:
-            continue
-        summary = epoch_curves(curves, window)
+        if curves:
+            summaries.append((channel, curves, epoch_curves(curves, (first, last))))
+    if not summaries:
+        return ""
+    windows = [" to ".join(map(number, summary["window"])) for _, _, summary in summaries]
+    alike = len(set(windows)) == 1
+    rows = []
+    for (channel, curves, summary), window in zip(summaries, windows, strict=True):
         for name, seed in summary["seeds"].items():
             title = f"{channel}, {name}" if len(runs) > 1 else channel
             last = curves[name][-1]
@@ -436,7 +466,7 @@ def _epochs_section(runs, fixed=None, prefix="nscb"):
                     [
                         escape(title),
                         f"{percent(last[1])} at {number(last[0])}",
-                        percent(seed["window_mean"]),
+                        _with_lines(percent(seed["window_mean"]), "" if alike else f"epochs {window}"),
                         f"{percent(seed['best'])} at {number(seed['best_epoch'])}"
                         f'<br><span class="miss">{escape(summary["best_note"])}</span>',
                     ],
@@ -445,9 +475,7 @@ def _epochs_section(runs, fixed=None, prefix="nscb"):
         if len(curves) > 1:
             spread = f"{percent(summary['window_mean'])} ± {number(100 * summary['window_sd'])}"
             rows.append(("sub", [f"{escape(channel)}, all runs: mean ± SD", "", spread, ""]))
-    if not rows:
-        return ""
-    head = ["", "last epoch", f"mean of epochs {number(window[0])} to {number(window[1])}", "best epoch"]
+    head = ["", "last epoch", f"mean of epochs {windows[0]}" if alike else "mean of a window", "best epoch"]
     title = f"{prefix.upper()} while training, of one channel or, from checkpoints, of all"
     return f"<h3>{title}</h3>" + _table(head, rows, numeric=(1, 2, 3))
 
@@ -515,7 +543,7 @@ def _measures_section(runs):
         head, rows = head[:5], [(kind, cells[:5]) for kind, cells in rows]
     return (
         "<h2 id=measures>Other measures</h2>"
-        + _table(head, rows, numeric=range(1, 7))
+        + _folded(_table(head, rows, numeric=range(1, 7)), f"{len(rows)} sets of profiles", runs)
         + '<p class="soft">Replicates agree: treatments whose plates are more alike than 95 in 100 sets of plates '
         "of different treatments. Batch: how much of the variance of DMSO fields lies between batches, and how "
         "often a DMSO field's nearest neighbour is of its own batch, before and after normalization, on fields it "
@@ -656,7 +684,7 @@ def _pictures_section(runs):
         return ""
     about = (
         '<p class="soft">Attention: of the last block\'s class token to each patch, head by head, each map from its '
-        "smallest value (black) to its largest (white). The mass: 60 % of the heads' mean attention, in as few "
+        "smallest value (black) to its largest (white). The mass: 60\u00a0% of the heads' mean attention, in as few "
         "patches as hold it. Fields are shown with the square root of intensity; a click enlarges a picture.</p>"
     )
     return f"<h2 id=pictures>What the network sees</h2>{about}{''.join(figures)}"
@@ -686,6 +714,19 @@ def _flatten(value, prefix=""):
             flat.update(_flatten(item, f"{prefix}{key}."))
         return flat
     return {prefix.rstrip("."): value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}
+
+
+def _differing_protocols(runs):
+    """A sentence where the runs' scores were computed in different ways."""
+    columns = [_flatten(run["results"]["protocol"]) for run in runs]
+    found = []
+    for key in dict.fromkeys(key for column in columns for key in column):
+        values = list(dict.fromkeys(column.get(key, "–") for column in columns))
+        if len(values) > 1:
+            found.append(f"{key}: {', '.join(values)}")
+    if not found:
+        return []
+    return [f"The runs were scored differently ({'; '.join(found)}): their scores are not of one kind."]
 
 
 def _settings_section(runs):
@@ -756,6 +797,7 @@ def render_report(runs, window=None):
     notes = dict.fromkeys(
         f"{run['name']}: {note}" if several else note for run in runs for note in run["results"].get("notes", [])
     )
+    notes |= dict.fromkeys(_differing_protocols(runs))
     parts += [f'<p class="banner">{escape(note)}</p>' for note in notes]
     parts.append(
         '<p class="note">The headline is the network as training left it; no epoch was chosen by its score. '

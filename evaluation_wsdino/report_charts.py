@@ -27,7 +27,8 @@ def number(value, digits=3):
 
 
 def percent(value, digits=1):
-    return "–" if value is None else f"{100 * value:.{digits}f} %"
+    """A share in per cent; the space before the sign does not break."""
+    return "–" if value is None else f"{100 * value:.{digits}f}\u00a0%"
 
 
 def ticks(low, high, count=5):
@@ -70,10 +71,10 @@ def line_chart(title, series, x_label="step", band=None, share=False, legend=Fal
     series = [item for item in series if item[1]]
     if not series:
         return ""
-    width, height, left, right, top, bottom = 360, 210, 46, 10, 10, 34
+    width, height, left, right, top, bottom = 360, 210, 56, 10, 10, 34
     all_x = [x for _, points, _, _ in series for x, _ in points]
     all_y = [y for _, points, _, _ in series for _, y in points]
-    x_ticks = ticks(min(all_x), max(all_x), 4)
+    x_ticks = ticks(min(all_x), max(all_x), 4) if min(all_x) < max(all_x) else all_x[:1]
     y_ticks = [0, 0.25, 0.5, 0.75, 1] if share else ticks(min(all_y), max(all_y), 4)
     x_low, x_high = min(all_x), max(all_x)
     if x_low == x_high:
@@ -94,7 +95,7 @@ def line_chart(title, series, x_label="step", band=None, share=False, legend=Fal
             f'height="{height - top - bottom}"><title>{escape(band[2])}</title></rect>'
         )
     for tick in y_ticks:
-        label = f"{100 * tick:.0f} %" if share else number(tick)
+        label = percent(tick, 0) if share else number(tick)
         parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{py(tick):.1f}" y2="{py(tick):.1f}"/>')
         parts.append(f'<text class="tick" x="{left - 6}" y="{py(tick) + 4:.1f}" text-anchor="end">{label}</text>')
     for tick in x_ticks:

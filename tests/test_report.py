@@ -185,6 +185,45 @@ def test_epochs_of_seeds_and_of_all_channels_together(runs):
     assert "all channels, first 40.0 % at 4 50.0 %" in Page(render_report(loaded)).text
 
 
+def test_windows_that_differ_are_named_where_they_hold(runs):
+    """The last quarter of one channel's epochs is not that of another: 2.92 to 3.9 of dna, 3 to 4 of all."""
+    loaded = [load_run(runs[0], dataset=False)]
+    loaded[0]["metrics"]["all channels"] = [{"step": 10 * e, "epoch": e, "nsc": 0.9, "nscb": 0.5} for e in (1, 3, 4)]
+    text = Page(render_report(loaded)).text
+    assert "last epoch mean of a window best epoch" in text
+    assert "64.0 % epochs 2.92 to 3.9" in text and "50.0 % epochs 3 to 4" in text
+
+
+def test_several_runs_begin_with_what_compares_them(runs, tmp_path):
+    """A line a run, and a verdict against the first of them; what each must beat stands in the tables below."""
+    for count in (2, 3):
+        loaded = [load_run(folder, dataset=False) for folder in (*runs, runs[1])[:count]]
+        for run, name in zip(loaded, ("first", "second", "third"), strict=False):
+            run["name"] = name
+        text = render_report(loaded)
+        start, rest = (re.sub(r"\s+", " ", part) for part in text.split("<h2 id=sets>"))
+        verdicts = re.sub("<[^>]+>", "", start)
+        assert ("second: NSC not told apart from first" in verdicts, "third: NSC" in verdicts) == (True, count == 3)
+        assert "from untrained" not in verdicts and "first: trained against untrained" in rest
+        assert (' class="card"' in start) == (count == 2)
+        for summary in ("6 sets of profiles, and", "6 comparisons within", "6 sets of profiles<"):
+            assert (f"<details><summary>{summary}" in rest) == (count == 3)
+    assert "not corrected for their number" in Page(text).text
+
+
+def test_runs_scored_by_different_protocols_are_not_compared_in_silence(runs):
+    loaded = [load_run(folder, dataset=False) for folder in runs]
+    assert "scored differently" not in Page(render_report(loaded)).text
+    loaded[1]["results"]["protocol"]["batch_rule"] = "disjoint"
+    text = Page(render_report(loaded)).text
+    assert "The runs were scored differently (batch_rule: median, disjoint)" in text
+
+
+def test_numbers_do_not_part_from_their_per_cent_sign(runs):
+    text = render_report([load_run(folder, dataset=False) for folder in runs])
+    assert not re.search(r"\d %", re.sub(r"<(title|style|script)\b.*?</\1>", "", text, flags=re.DOTALL))
+
+
 def test_every_label_is_escaped(tmp_path):
     folder = make_run(
         tmp_path / "a&<b>", moas=(EVIL, "x<img src=y onerror=z>", "DNA & damage"), source=f"simulated {EVIL}"
@@ -323,11 +362,18 @@ def test_thinning_keeps_the_mean_and_drops_what_is_not_a_number():
     assert thin([1, 2, 3], [1.0, float("nan"), None]) == [(1, 1.0)]
 
 
+def test_a_line_chart_names_the_place_of_a_single_point_and_fits_its_numbers():
+    text = line_chart("Learning rate", [("dna", [12], [0.00015], "#000", "solid")])
+    assert ">12</text>" in text
+    label = re.search(r'<text class="tick" x="(\d+)" y="[^"]+" text-anchor="end">([\d.]{7})</text>', text)
+    assert float(label[1]) >= 6.9 * 7  # eleven pixels high, a digit is 6.9 wide in the widest of common fonts
+
+
 def test_a_line_chart_places_points_by_a_plain_rule():
     text = line_chart("t", [("a", [0, 10], [0.0, 1.0], "#000", "solid")], share=True)
     points = re.search(r'points="([^"]+)"', text).group(1).split()
     (x0, y0), (x1, y1) = [tuple(map(float, point.split(","))) for point in points]
-    assert (x0, y0) == (46.0, 176.0) and (x1, y1) == (350.0, 10.0)  # the corners of the plotting area
+    assert (x0, y0) == (56.0, 176.0) and (x1, y1) == (350.0, 10.0)  # the corners of the plotting area
     assert line_chart("t", [("a", [], [], "#000", "solid")]) == ""
     assert "<circle" in line_chart("t", [("a", [1], [2.0], "#000", "solid")])
 
