@@ -43,6 +43,16 @@ def check_profiles(profiles, source="the profile table"):
         elif empty.any():
             row = int(np.flatnonzero(empty)[0])
             raise ProfileError(f"{source}, row {row}, has no {column}: every field needs one.")
+    for column in ("Metadata_Batch", "Metadata_Plate"):
+        if column in profiles.columns:
+            names = profiles[column].astype(str)
+            several = names.str.contains("|", regex=False).to_numpy()
+            if several.any():
+                row = int(several.argmax())
+                raise ProfileError(
+                    f'{source}, row {row}, has the {column} {names.iloc[row]!r}, and "|" joins the names of several: '
+                    "name it otherwise."
+                )
     keys = ("Metadata_Source", "Metadata_Plate", "Metadata_Well", "Metadata_Site")
     keys = [column for column in keys if column in profiles.columns and column not in unnamed]
     if "Metadata_Well" in keys and "Metadata_Site" in keys:

@@ -200,6 +200,14 @@ def test_tables_that_were_not_read_from_a_file_are_checked_too(kind, message):
             normalize_profiles(spoil(kind), TypicalVariationNormalizer())
 
 
+def test_names_that_would_read_as_several_are_refused():
+    """Batches and plates of a treatment are joined by "|"."""
+    frame = table()
+    for column in ("Metadata_Batch", "Metadata_Plate"):
+        with pytest.raises(ProfileError, match=rf'row 0, has the {column} .W.\|.*, and "\|" joins'):
+            aggregate_profiles(frame.assign(**{column: frame[column].str.replace("Week", "W7|")}))
+
+
 def test_a_field_twice_is_refused_where_no_source_is_named_too():
     with pytest.raises(ProfileError, match="rows 3 and [0-9]+, are the same plate, well and site"):
         aggregate_profiles(spoil("duplicate").assign(Metadata_Source=None))
