@@ -81,7 +81,8 @@ def replicate_reproducibility(profiles, draws=1000, seed=0):
 def batch_effect(vectors, batches):
     """How far `vectors` (rows, features) give away the batch they come from.
 
-    Meant for control fields, which should look alike everywhere.
+    Meant for control fields, which should look alike everywhere. A plate lies in one batch: what sets plates and wells
+    apart shows here too, so that values above those expected are not the batch's doing alone.
 
     Returns
     -------

@@ -547,7 +547,8 @@ def _measures_section(runs):
         + '<p class="soft">Replicates agree: treatments whose plates are more alike than 95 in 100 sets of plates '
         "of different treatments. Batch: how much of the variance of DMSO fields lies between batches, and how "
         "often a DMSO field's nearest neighbour is of its own batch, before and after normalization, on fields it "
-        "was not fitted to; the nearer to chance, the better.</p>"
+        "was not fitted to; the nearer to chance, the better. Plates and wells that look alike count as their "
+        "batch.</p>"
     )
 
 
@@ -799,9 +800,11 @@ def render_report(runs, window=None):
     )
     notes |= dict.fromkeys(_differing_protocols(runs))
     parts += [f'<p class="banner">{escape(note)}</p>' for note in notes]
+    left = all(run["results"]["headline"]["set"] == "trained" for run in runs)
     parts.append(
-        '<p class="note">The headline is the network as training left it; no epoch was chosen by its score. '
-        "NSC (not same compound) asks whether the treatment most alike, among all other compounds, has the same "
+        '<p class="note">'
+        + ("The headline is the network as training left it; no epoch was chosen by its score. " if left else "")
+        + "NSC (not same compound) asks whether the treatment most alike, among all other compounds, has the same "
         "mechanism of action; NSCB asks it of other compounds in other batches, where batch effects cannot help.</p>"
     )
     parts += [text for _, _, text in sections]

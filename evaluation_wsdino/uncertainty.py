@@ -42,6 +42,9 @@ def bootstrap_interval(correct, compounds, level=0.95, draws=10_000, seed=0):
     The neighbours stay as found: the interval is about which compounds happened to be screened, given this set of
     candidates. Where all treatments, or none, are right, drawing anew shows no spread: then it is Wilson's interval,
     one answer a compound. nan for fewer than two compounds.
+
+    Few compounds make it somewhat short: of 500 drawn screens of 38 compounds with BBBC021's numbers of treatments it
+    held the true share in 93 % where that was 0.5 or 0.8, in 88 % at 0.95 (Wilson's of the treatments: 81 to 86 %).
     """
     sums, sizes = _cluster_sums(correct, compounds)
     if len(sums) < 2:

@@ -417,6 +417,12 @@ def test_the_metric_keeps_double_precision(metric):
     assert metric.compute(**table)["nsc_queries"][0]["neighbour"] == 1
 
 
+def test_the_metric_without_batches_says_what_to_do(metric):
+    with pytest.raises(ValueError, match="batches is None: give one value a treatment"):
+        metric.compute(**{**toy(), "batches": None})
+    assert metric.compute(**toy())["nsc"] == 1.0
+
+
 def test_the_metric_combines_with_others(metric, tmp_path):
     combined = evaluate.combine([metric, evaluate.load(str(FOLDER), cache_dir=str(tmp_path))])
     result = combined.compute(**toy())

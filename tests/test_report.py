@@ -261,6 +261,15 @@ def test_hostile_names_through_a_whole_report(tmp_path):
     assert len(pictures) == 4 + 4 * 4 + 2 and all(value.startswith("data:image/") for value in pictures)
 
 
+def test_a_headline_that_is_no_trained_network_is_not_called_one(tmp_path):
+    folder = make_run(tmp_path / "imagenet")
+    assert "as training left it" in Page(render_report([load_run(folder, dataset=False)])).text
+    (folder / "profiles" / "trained.parquet").unlink()
+    evaluate_run(folder, progress=False)
+    text = Page(render_report([load_run(folder, dataset=False)])).text
+    assert "NSC, untrained" in text and "as training left it" not in text
+
+
 def test_real_data_carry_no_banner(tmp_path):
     page = Page(write_report([make_run(tmp_path / "real", source="BBBC021v1")]).read_text())
     assert "SIMULATED" not in page.text and "simulated" not in page.text

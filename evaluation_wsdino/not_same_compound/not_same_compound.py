@@ -467,8 +467,9 @@ class NotSameCompound(evaluate.Metric):
             predictions = np.asarray(predictions) if hasattr(predictions, "to_numpy") else predictions
         columns = {"references": references, **kwargs}
         for name, column in columns.items():
-            if column is not None:
-                columns[name] = _texts(column)
+            if column is None:
+                raise ValueError(f"{name} is None: give one value a treatment (not_same_compound needs no batches).")
+            columns[name] = _texts(column)
         super().add_batch(predictions=predictions, **columns)
 
     def _compute(self, predictions, references, compounds, batches, **options):
