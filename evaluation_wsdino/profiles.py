@@ -120,6 +120,16 @@ def normalize_profiles(profiles, normalizer, group_by=None):
             f"The profiles hold {int(control.sum())} DMSO fields: normalization is fitted on at least two, so extract "
             "the DMSO part of the screen too."
         )
+    aligns = getattr(normalizer, "groups", None)
+    if group_by is not None and aligns is None:
+        raise ProfileError(
+            f"group_by is {group_by!r}, but the normalizer aligns no groups: give it groups, such as "
+            'TypicalVariationNormalizer(groups="center").'
+        )
+    if group_by is None and aligns is not None:
+        raise ProfileError(
+            f'The normalizer aligns groups ("{aligns}"), but no group_by names them: name their column.'
+        )
     groups = None
     if group_by is not None:
         if group_by not in profiles.columns:

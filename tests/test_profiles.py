@@ -132,6 +132,14 @@ def test_grouping_by_plate_centres_each_plates_dmso():
     np.testing.assert_allclose(dmso[features].mean(), 0, atol=1e-6)
 
 
+def test_groups_and_their_names_come_together():
+    """Plates named to a normalizer that aligns none, or the other way round, would be passed over in silence."""
+    with pytest.raises(ProfileError, match="group_by is 'Metadata_Plate', but the normalizer aligns no groups"):
+        normalize_profiles(table(), TypicalVariationNormalizer(), group_by="Metadata_Plate")
+    with pytest.raises(ProfileError, match='aligns groups \\("center"\\), but no group_by names them'):
+        normalize_profiles(table(), TypicalVariationNormalizer(groups="center"))
+
+
 # ---------------------------------------------------------------- bad input
 
 
