@@ -348,6 +348,14 @@ def test_a_far_treatment_makes_no_ties_of_near_ones_under_euclidean():
     assert (tied["nsc_queries"][0]["neighbour"], tied["nsc_queries"][0]["tied"]) == (4, 2)
 
 
+@pytest.mark.parametrize("scale", [1e-300, 1e-170, 1e160, 1e300])
+def test_tiny_and_huge_distances_are_compared(scale):
+    profiles = scale * np.array([[0, 0], [0, 1.0], [3, 0], [3, 1.5]])
+    result = not_same_compound(profiles, list("xxyy"), list("abcd"), metric="euclidean")
+    assert [query["neighbour"] for query in result["nsc_queries"]] == [1, 0, 3, 2]
+    assert result["nsc_queries"][2]["similarity"] == pytest.approx(-1.5 * scale)
+
+
 def test_a_tied_vote_goes_to_the_nearest():
     angles = np.deg2rad([0, 1, 2, 3, 4])
     profiles = np.column_stack([np.cos(angles), np.sin(angles)])

@@ -157,15 +157,21 @@ class _BatchRule:
 
 
 def _directions(profiles, metric):
-    """Vectors whose products (cosine, correlation) or differences (euclidean) are compared, and which are usable."""
+    """Vectors whose products (cosine, correlation) or differences (euclidean) are compared, and which are usable.
+
+    The third is what the vectors were divided by so that their squares are numbers; 1 but for extreme distances.
+    """
     # A row's largest value in size, which is not finite where any of the row's values is not.
     largest = np.maximum(profiles.max(axis=1, initial=-np.inf), -profiles.min(axis=1, initial=np.inf))
     finite = np.isfinite(largest)
     vectors = profiles.copy()
     vectors[~finite] = 0.0
     if metric == "euclidean":
+        size = largest.max(where=finite, initial=0.0)
+        unit = size if size > 1e100 or 0 < size < 1e-100 else 1.0
+        vectors /= unit
         vectors -= vectors[finite].mean(axis=0) if finite.any() else 0.0
-        return vectors, finite
+        return vectors, finite, unit
     # Squares of values like 1e-200 vanish and of 1e200 overflow; the direction is the same at another scale.
     extreme = finite & (largest > 0) & ((largest < 1e-100) | (largest > 1e100))
     vectors[extreme] /= largest[extreme, None]
@@ -176,7 +182,7 @@ def _directions(profiles, metric):
     # A constant vector minus its mean is rounding noise, not a direction.
     usable = finite & (norms > 1e-12 * largest)
     vectors /= np.where(usable, norms, 1.0)[:, None]
-    return vectors, usable
+    return vectors, usable, 1.0
 
 
 class _Found:
@@ -349,7 +355,7 @@ def not_same_compound(
     moa_names = sorted(set(moas))
     moa, compound = np.searchsorted(moa_names, moas) if count else np.zeros(0, dtype=int), _codes(compounds)
 
-    vectors, usable = _directions(profiles, metric)
+    vectors, usable, unit = _directions(profiles, metric)
     if invalid == "error" and not usable.all():
         rows = np.flatnonzero(~usable)
         raise ValueError(
@@ -372,7 +378,7 @@ def not_same_compound(
         return np.array([not reason for reason in (reasons if keep_excluded else excluded)], dtype=bool)
 
     def summary(prefix, excluded, found):
-        neighbours, similarities = found.neighbours.tolist(), found.similarities[:, 0].tolist()
+        neighbours, similarities = found.neighbours.tolist(), (unit * found.similarities[:, 0]).tolist()
         candidates, answerable, tied = found.candidates.tolist(), found.answerable.tolist(), found.tied.tolist()
         queries, confusion = [], np.zeros((len(moa_names), len(moa_names)), dtype=np.int64)
         per_moa = {name: {"correct": 0, "total": 0, "accuracy": None} for name in moa_names}
