@@ -52,7 +52,7 @@ from modeling_wsdino import (
     WSDinoMultiChannelModel,
     attention_mass_mask,
 )
-from modeling_wsdino.convert_checkpoint import load_backbone
+from modeling_wsdino.convert_checkpoint import load_backbone, load_image_processor
 from pretraining_wsdino import TrainingArguments, TrainingError
 
 SETS = ("trained", "untrained", "initial", "intensity", "count")
@@ -294,22 +294,16 @@ def load_network(source: str | Path, **config_kwargs) -> WSDinoModel | WSDinoMul
         raise TrainingError(f"The model {source} cannot be loaded: {reason}") from error
 
 
-def load_image_processor(source: str | Path, model: WSDinoModel | WSDinoMultiChannelModel) -> WSDinoImageProcessor:
-    """The repository's own image processor; for networks of other layouts, four tiles of the size they know.
+def own_image_processor(source: str | Path, model: WSDinoModel | WSDinoMultiChannelModel) -> WSDinoImageProcessor:
+    """How a network's fields become tiles, see `load_image_processor`.
 
     Raises:
-        TrainingError: there is one, but it is damaged; others' tiles would give other features.
+        TrainingError: its image processor is damaged.
     """
-    file = Path(source) / "preprocessor_config.json"
     try:
-        own = WSDinoImageProcessor.get_image_processor_dict(source)[0]
-        if own.get("image_processor_type") == "WSDinoImageProcessor":
-            return WSDinoImageProcessor.from_dict(own)
-    except (ValueError, OSError, TypeError, AttributeError) as error:
-        if file.is_file():
-            reason = str(error).split("\n")[0]
-            raise TrainingError(f"{file} is damaged ({reason}): copy the model again.") from error
-    return WSDinoImageProcessor(tile_size=model.config.image_size)
+        return load_image_processor(source, model)
+    except ValueError as error:
+        raise TrainingError(str(error)) from error
 
 
 def run_extractors(
@@ -329,7 +323,7 @@ def run_extractors(
         elif name == "untrained":
             torch.manual_seed(arguments.seed)
             model = WSDinoModel(WSDinoConfig.from_pretrained(folder))
-        extractors[channel] = Extractor(load_image_processor(folder, trained), model)
+        extractors[channel] = Extractor(own_image_processor(folder, trained), model)
     return extractors
 
 
@@ -392,7 +386,7 @@ def model_extractors(source: str, channels: list[str] | None) -> dict[str, Extra
             tower.load_state_dict(model.towers[channel].state_dict())
         else:
             tower = model
-        extractors[channel] = Extractor(load_image_processor(source, model), tower)
+        extractors[channel] = Extractor(own_image_processor(source, model), tower)
     return extractors
 
 

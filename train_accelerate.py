@@ -261,12 +261,9 @@ def initial_backbone(arguments: TrainingArguments, channel: str, drop_path_rate:
         torch.manual_seed(arguments.seed)
         return WSDinoModel(config)
     try:
-        backbone = load_backbone(arguments.init, **own)
+        return load_backbone(arguments.init, **own)
     except ValueError as error:
         raise TrainingError(f"--init {arguments.init} cannot be loaded: {error}") from error
-    if not isinstance(backbone, WSDinoModel):
-        raise TrainingError(f"--init {arguments.init} holds several towers: name the folder of one channel.")
-    return backbone
 
 
 def parameter_groups(network: torch.nn.Module) -> list[dict]:

@@ -22,7 +22,7 @@ from transformers.utils import cached_file
 from .build_repository import build_repository
 from .configuration_wsdino import WSDinoConfig
 from .image_processing_wsdino import WSDinoImageProcessor
-from .modeling_wsdino import WSDinoModel, WSDinoMultiChannelModel, WSDinoPreTrainedModel, read_checkpoint
+from .modeling_wsdino import WSDinoModel, WSDinoMultiChannelModel, WSDinoPreTrainedModel, _some, read_checkpoint
 
 # A tower's place in transformers' ViTModel, whose files keep older names than its modules, and in the original DINO.
 VIT_KEYS = (
@@ -101,9 +101,16 @@ def load_backbone(source: str | Path, *, network: str | None = None, **config_kw
     if kind == "wsdino":
         combined = "WSDinoMultiChannelModel" in (config.get("architectures") or [])
         cls = WSDinoMultiChannelModel if combined else WSDinoModel
+        if combined and "channel_names" in config_kwargs:
+            names = ", ".join(map(str, config.get("channel_names") or []))
+            raise ValueError(f"{source} holds several towers ({names}): name the folder of one channel.")
         try:
             # overriding through `from_pretrained` would set the values without checking them
-            return cls.from_pretrained(source, config=WSDinoConfig.from_dict(config | config_kwargs)).eval()
+            config = WSDinoConfig.from_dict(config | config_kwargs)
+            model, found = cls.from_pretrained(source, config=config, output_loading_info=True)
+            if found["missing_keys"]:  # which would stay random
+                raise ValueError(f"it lacks {_some(sorted(found['missing_keys']))}")
+            return model.eval()
         except UNREADABLE as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(f"the model {source} is damaged ({reason[:300]}): copy it again.") from error
@@ -117,6 +124,26 @@ def load_backbone(source: str | Path, *, network: str | None = None, **config_kw
         raise ValueError(f"{source} has no model.safetensors or pytorch_model.bin: give a folder with weights.")
     config_kwargs.setdefault("num_attention_heads", config["num_attention_heads"])
     return WSDinoModel.from_dino_state_dict(vit_to_dino(state), name=str(source), **config_kwargs)
+
+
+def load_image_processor(source: str | Path, model: WSDinoPreTrainedModel) -> WSDinoImageProcessor:
+    """The image processor of a WS-DINO repository; for networks of other layouts, four tiles of the size they know.
+
+    Raises
+    ------
+    ValueError
+        If there is one, but damaged: others' tiles would give other features.
+    """
+    try:
+        own = WSDinoImageProcessor.get_image_processor_dict(source)[0]
+        if own.get("image_processor_type") == "WSDinoImageProcessor":
+            return WSDinoImageProcessor.from_dict(own)
+    except (ValueError, OSError, TypeError, AttributeError) as error:
+        file = Path(source) / "preprocessor_config.json"
+        if file.is_file():
+            reason = str(error).split("\n")[0]
+            raise ValueError(f"{file} is damaged ({reason}): copy the model again.") from error
+    return WSDinoImageProcessor(tile_size=model.config.image_size)
 
 
 def _repository_file(source: str | Path, name: str) -> str | None:
@@ -177,6 +204,7 @@ def convert(
     *,
     network: str | None = None,
     channel: str | None = None,
+    num_attention_heads: int | None = None,
     tile_size: int | None = None,
 ) -> Path:
     """Read `source` and write what the name of `output` says: `.pth`, `.onnx`, or else a repository folder."""
@@ -185,7 +213,15 @@ def convert(
         raise ValueError(f"{output} exists already: name another output or remove it.")
     if output.suffix in (".pt", ".bin", ".safetensors", ".ckpt"):
         raise ValueError(f"{output}: write .pth (original DINO), .onnx, or a folder without a suffix (repository).")
-    model = load_backbone(source, network=network, **({} if channel is None else {"channel_names": [channel]}))
+    config_kwargs = {} if channel is None else {"channel_names": [channel]}
+    if num_attention_heads is not None:
+        config_kwargs["num_attention_heads"] = num_attention_heads
+    model = load_backbone(source, network=network, **config_kwargs)
+    if tile_size is not None and (tile_size < 1 or tile_size % model.config.patch_size):
+        raise ValueError(
+            f"tile_size {tile_size} is not a multiple of the model's patch_size {model.config.patch_size}: "
+            "choose a tile size that divides into patches."
+        )
     if output.suffix == ".onnx":
         try:
             return export_onnx(model, output, image_size=tile_size)
@@ -198,10 +234,8 @@ def convert(
         partial = output.with_name(output.name + ".partial")
         torch.save(model.to_dino_state_dict(), partial)
         return partial.rename(output)
-    if (Path(source) / "preprocessor_config.json").is_file() and model.config.channel_names:
-        processor = WSDinoImageProcessor.from_pretrained(source)
-    else:
-        processor = WSDinoImageProcessor(tile_size=tile_size or model.config.image_size)
+    processor = load_image_processor(source, model)
+    processor.tile_size = tile_size or processor.tile_size
     return build_repository(output, model, processor)
 
 
@@ -215,6 +249,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("output", help="a .pth file (original DINO), a .onnx file, or a folder (repository)")
     parser.add_argument("--network", choices=("teacher", "student"), help="of a full checkpoint; default: the teacher")
     parser.add_argument("--channel", help="the fluorescence channel that the weights are for, such as dna")
+    parser.add_argument("--num_attention_heads", type=int, help="of a checkpoint file; default: heads 64 wide")
     parser.add_argument(
         "--tile_size", type=int, help="side of a tile, or of the ONNX input; default: the trained size"
     )
@@ -225,6 +260,7 @@ def main(argv: list[str] | None = None) -> None:
             arguments.output,
             network=arguments.network,
             channel=arguments.channel,
+            num_attention_heads=arguments.num_attention_heads,
             tile_size=arguments.tile_size,
         )
     except (ValueError, OSError) as error:

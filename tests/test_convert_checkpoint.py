@@ -1,10 +1,13 @@
 """Weights in and out of every layout are the same network, checked by what it computes there and here."""
 
 import argparse
+import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import ViTConfig, ViTModel
 
 from modeling_wsdino import (
@@ -105,7 +108,9 @@ def test_out_to_the_original_layout_and_back(tmp_path, capsys):
     assert "actin.pth" in capsys.readouterr().out
     state = torch.load(tmp_path / "out" / "actin.pth", weights_only=True)
     assert {"cls_token", "pos_embed", "blocks.1.attn.qkv.bias", "norm.weight"} <= state.keys()
-    again = WSDinoModel.from_dino_checkpoint(tmp_path / "out" / "actin.pth", num_attention_heads=2)
+    main([str(tmp_path / "out" / "actin.pth"), str(tmp_path / "again"), "--num_attention_heads", "2"])
+    again = load_backbone(tmp_path / "again")
+    assert again.config.num_attention_heads == 2  # which no shape in the file tells
     for name, value in again.state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), name
 
@@ -134,6 +139,33 @@ def test_a_repository_keeps_its_tiles_when_converted(tmp_path):
     convert(str(folder), tmp_path / "copy")
     copied = WSDinoImageProcessor.from_pretrained(tmp_path / "copy")
     assert (copied.tile_size, copied.tile_grid, copied.max_intensity) == (16, 3, 4095)
+    convert(str(folder), tmp_path / "larger", tile_size=64)
+    larger = WSDinoImageProcessor.from_pretrained(tmp_path / "larger")
+    assert (larger.tile_size, larger.tile_grid, larger.max_intensity) == (64, 3, 4095)
+
+
+def test_a_repository_of_the_hub_keeps_its_tiles_too(tmp_path, monkeypatch):
+    """A Hub id is no folder here: its files lie in the cache."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    snapshot = tmp_path / "hub" / "models--lab--cells" / "snapshots" / ("0" * 40)
+    processor = WSDinoImageProcessor(tile_size=16, max_intensity=255)
+    build_repository(snapshot, make_model(channel_names=["dna"]), processor)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    convert("lab/cells", tmp_path / "copy")
+    copied = WSDinoImageProcessor.from_pretrained(tmp_path / "copy")
+    assert (copied.tile_size, copied.max_intensity) == (16, 255)
+
+
+def test_a_vits_own_image_processor_does_not_cut_our_tiles(vit, tmp_path):
+    vit.save_pretrained(tmp_path / "vit")
+    own = {"image_processor_type": "ViTImageProcessor", "do_normalize": True, "size": {"height": 32, "width": 32}}
+    (tmp_path / "vit" / "preprocessor_config.json").write_text(json.dumps(own))
+    convert(str(tmp_path / "vit"), tmp_path / "dna", channel="dna")
+    processor = WSDinoImageProcessor.from_pretrained(tmp_path / "dna")
+    assert processor.tile_size == 32 and processor.channel_names == ["dna"] and not hasattr(processor, "do_normalize")
 
 
 @pytest.mark.parametrize("channels", [["dna"], ["dna", "actin"]], ids=["one channel", "combined"])
@@ -157,6 +189,10 @@ def test_mistakes_end_the_command_with_status_2_and_one_sentence(tmp_path, capsy
     combined = make_model(WSDinoMultiChannelModel, channel_names=["dna", "actin"])
     build_repository(tmp_path / "combined", combined, WSDinoImageProcessor(tile_size=32))
     one = build_repository(tmp_path / "one", make_model(), WSDinoImageProcessor(tile_size=32))
+    lacking = shutil.copytree(one, tmp_path / "lacking")
+    state = load_file(one / "model.safetensors")
+    state.pop("norm.bias")
+    save_file(state, lacking / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "there.pth").write_text("precious")
     capsys.readouterr()
     for arguments, words in [
@@ -167,6 +203,11 @@ def test_mistakes_end_the_command_with_status_2_and_one_sentence(tmp_path, capsy
         ([tmp_path / "combined", tmp_path / "out.pth"], "holds several towers"),
         ([one, tmp_path / "out", "--network", "teacher"], "holds one network, not a teacher and a student"),
         ([one, tmp_path / "out", "--channel", "d.na"], "channel name 'd.na'"),
+        ([tmp_path / "combined", tmp_path / "out", "--channel", "dna"], "holds several towers (dna, actin)"),
+        ([tmp_path / "combined", tmp_path / "out", "--channel", "er"], "holds several towers (dna, actin)"),
+        ([lacking, tmp_path / "out"], "is damaged (it lacks norm.bias)"),
+        ([one, tmp_path / "out.onnx", "--tile_size", "50"], "tile_size 50 is not a multiple of the model's"),
+        ([one, tmp_path / "out", "--tile_size", "-8"], "tile_size -8 is not a multiple"),
     ]:
         with pytest.raises(SystemExit) as ended:
             main([str(argument) for argument in arguments])
