@@ -5,6 +5,7 @@ A field is one site of a well, `(height, width)` or `(channels, height, width)` 
 deviation, and the centre of the field is cut into a square grid of tiles.
 """
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -27,7 +28,7 @@ ORIGINAL_CODE_CROPS = ((32, 64, 224, 256), (32, 320, 224, 224), (256, 64, 224, 2
 
 
 class WSDinoImageProcessorKwargs(TypedDict, total=False):
-    """What may be set when the processor is loaded, or for one call."""
+    """What may be set when the processor is loaded; for one call `tiles`, `max_intensity` and `channel_names`."""
 
     tiles: str
     tile_size: int
@@ -71,11 +72,11 @@ class WSDinoImageProcessor(BaseImageProcessor):
         super().__init__(**kwargs)
         if tiles not in TILE_LAYOUTS:
             raise ValueError(f"tiles must be one of {', '.join(TILE_LAYOUTS)}, but is {tiles!r}.")
-        for name, value in (("tile_size", tile_size), ("tile_grid", tile_grid), ("max_intensity", max_intensity)):
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise ValueError(f"{name} must be a number, but is {value!r}.")
-            if not value > 0:
-                raise ValueError(f"{name} must be positive, but is {value}.")
+        for name, value in (("tile_size", tile_size), ("tile_grid", tile_grid)):
+            if isinstance(value, float):
+                raise ValueError(f"{name} must be a whole number, but is {value}.")
+            _check_positive(name, value)
+        _check_positive("max_intensity", max_intensity)
         self.tiles = tiles
         self.tile_size = tile_size
         self.tile_grid = tile_grid
@@ -138,7 +139,8 @@ class WSDinoImageProcessor(BaseImageProcessor):
         Raises
         ------
         ValueError
-            For what is no such field, or a field smaller than its tiles. An 8-bit field is warned about.
+            For what is no such field, a field smaller than its tiles, or one of more than 8 bits for a model of 8-bit
+            fields. An 8-bit field for a model of 16-bit ones is warned about.
         """
         field, name = _read_field(image, list(self.channel_names if channel_names is None else channel_names))
         limit = self._intensity_limit(field, name, max_intensity)
@@ -182,10 +184,12 @@ class WSDinoImageProcessor(BaseImageProcessor):
         return [(top, left, size, size) for top in tops for left in lefts]
 
     def _intensity_limit(self, field: np.ndarray, name: str, max_intensity: int | float | None) -> int | float:
-        """The intensity that becomes 1. An 8-bit field scaled as a 16-bit one would be nearly black."""
+        """The intensity that becomes 1. An 8-bit field scaled as a 16-bit one would be nearly black, and the reverse
+        white."""
+        if field.dtype.kind == "f" and not np.isfinite(field).all():
+            raise ValueError(f"{name} holds values that are not finite: replace them before.")
         if max_intensity is not None:
-            if not max_intensity > 0:
-                raise ValueError(f"max_intensity must be positive, but is {max_intensity}.")
+            _check_positive("max_intensity", max_intensity)
             return max_intensity
         if field.dtype == np.uint8 and self.max_intensity > 255:
             warnings.warn(
@@ -196,15 +200,26 @@ class WSDinoImageProcessor(BaseImageProcessor):
                 stacklevel=4,
             )
             return 255
-        if np.issubdtype(field.dtype, np.floating):
-            if not np.isfinite(field).all():
-                raise ValueError(f"{name} holds values that are not finite: replace them before.")
-            if self.max_intensity > 1 and 0 < field.max() <= 1:
-                raise ValueError(
-                    f"{name} holds floats no larger than 1, as if scaled already: give raw intensities, or say "
-                    f"max_intensity=1."
-                )
+        highest = field.max(initial=0)
+        if highest > 255 >= self.max_intensity:
+            raise ValueError(
+                f"{name} holds intensities up to {highest:g}, but this model was trained on 8-bit ones clipped at "
+                f"{self.max_intensity:g}: give the 8-bit image, or say max_intensity=<the intensity that is to be 1>."
+            )
+        if field.dtype.kind == "f" and self.max_intensity > 1 and 0 < highest <= 1:
+            raise ValueError(
+                f"{name} holds floats no larger than 1, as if scaled already: give raw intensities, or say "
+                "max_intensity=1."
+            )
         return self.max_intensity
+
+
+def _check_positive(name: str, value: Any) -> None:
+    """Refuse what is no positive, finite number; a single one of NumPy's is one."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        raise ValueError(f"{name} must be a number, but is {value!r}.")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, but is {value}.")
 
 
 def _read_field(image: Any, channel_names: list[str]) -> tuple[np.ndarray, str]:
@@ -227,7 +242,8 @@ def _read_field(image: Any, channel_names: list[str]) -> tuple[np.ndarray, str]:
     elif isinstance(image, Image.Image):
         image = _read_pillow(image, name)
     elif isinstance(image, torch.Tensor):
-        image = image.detach().cpu().numpy()
+        image = image.detach().cpu()
+        image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()  # NumPy has no bfloat16
     if not isinstance(image, np.ndarray):
         raise ValueError(
             f"a {type(image).__name__} is not an image: give an array, a Pillow image, a path, or a dict of these "

@@ -90,6 +90,8 @@ def test_every_kind_of_field_gives_the_same_tiles(processor, tmp_path):
     assert Image.fromarray(plane).mode == "I;16"
     for kind in kinds:
         np.testing.assert_array_equal(processor(kind, return_tensors="np")["pixel_values"], expected)
+    rounded = torch.from_numpy(plane.astype(np.float32)).bfloat16()  # a type that NumPy lacks
+    assert torch.equal(processor(rounded)["pixel_values"], processor(rounded.float())["pixel_values"])
 
 
 def test_several_fields_stand_one_after_the_other(processor):
@@ -134,6 +136,16 @@ def test_an_8_bit_field_is_warned_about_and_uses_its_own_range(processor):
         assert torch.equal(WSDinoImageProcessor(tile_size=64, max_intensity=255)(plane)["pixel_values"], values)
 
 
+def test_a_16_bit_field_is_refused_by_an_8_bit_model():
+    """Nearly all of it would be clipped, and features of white images look like any others."""
+    processor = WSDinoImageProcessor(tile_size=64, max_intensity=255)
+    with pytest.raises(ValueError, match="up to [0-9]+, but this model was trained on 8-bit .* give the 8-bit image"):
+        processor(field())
+    dim = field() // 80  # 8 bits in a 16-bit file
+    assert torch.equal(processor(dim)["pixel_values"], processor(dim.astype(np.uint8))["pixel_values"])
+    assert processor(field(), max_intensity=65_535)["pixel_values"].max() < 1
+
+
 @pytest.mark.parametrize(
     ("image", "words"),
     [
@@ -143,6 +155,7 @@ def test_an_8_bit_field_is_warned_about_and_uses_its_own_range(processor):
         (Image.new("P", (170, 150)), "a P picture"),
         (field() > 3, "holds bool values"),
         (np.full((150, 170), np.nan, np.float32), "not finite"),
+        (np.zeros((0, 170), np.float32), "0x170 pixels"),
         (field().astype(np.float32) / 20_000, "scaled already: give raw intensities, or say max_intensity=1"),
         (None, "a NoneType is not an image"),
         ({"dna": field()}, "does not know its channels' names"),
@@ -183,14 +196,17 @@ def test_settings_are_checked_and_kept(tmp_path):
     for values, words in [
         ({"tiles": "some"}, "tiles must be one of paper, full, original_code, but is 'some'"),
         ({"tile_size": 0}, "tile_size must be positive"),
+        ({"tile_size": 112.5}, "tile_size must be a whole number, but is 112.5"),
         ({"max_intensity": -1}, "max_intensity must be positive"),
     ]:
         with pytest.raises(ValueError, match=words):
             WSDinoImageProcessor(**values)
     processor = WSDinoImageProcessor(tile_size=32, tile_grid=3, tiles="full", max_intensity=4095, channel_names=["a"])
-    for wrong in ({"tiles": "some"}, {"max_intensity": 0}):
+    for wrong in ({"tiles": "some"}, *({"max_intensity": limit} for limit in (0, np.inf, np.nan, "255"))):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             processor(field(), **wrong)
+    with pytest.raises(ValueError, match="not finite"):  # the median over tiles would hide it
+        processor(np.where(field() > 9000, np.nan, 0.5), max_intensity=1)
     with pytest.raises(ValueError, match="no images were given"):
         processor([])
     processor.save_pretrained(tmp_path)
