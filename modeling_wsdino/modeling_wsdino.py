@@ -23,6 +23,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_wsdino import WSDinoConfig
@@ -217,6 +218,7 @@ class WSDinoPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["WSDinoEmbeddings", "WSDinoLayer"]
     _supports_sdpa = True
     _supports_flash_attn = True
+    _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": WSDinoLayer, "attentions": WSDinoAttention}
@@ -417,6 +419,7 @@ class WSDinoMultiChannelModel(WSDinoPreTrainedModel):
             )
         return pixel_values.split(1, dim=1)
 
+    @can_return_tuple
     def forward(
         self, pixel_values: torch.Tensor, cls_only: bool = False, **kwargs: Unpack[TransformersKwargs]
     ) -> BaseModelOutputWithPooling:
@@ -435,9 +438,8 @@ class WSDinoMultiChannelModel(WSDinoPreTrainedModel):
             As `WSDinoModel`'s, with the towers' widths side by side: `pooler_output` `(batch, channels * hidden)`, not
             normalised; attentions `(batch, channels * heads, tokens, tokens)`.
         """
-        return_dict = kwargs.pop("return_dict", True)
         outputs = [
-            tower(image, cls_only, **kwargs)
+            tower(image, cls_only, return_dict=True, **kwargs)
             for tower, image in zip(self.towers.values(), self._split(pixel_values), strict=True)
         ]
         recorded = {
@@ -445,12 +447,11 @@ class WSDinoMultiChannelModel(WSDinoPreTrainedModel):
             for key, dim in (("hidden_states", -1), ("attentions", 1))  # where the towers stand side by side
             if getattr(outputs[0], key) is not None
         }
-        combined = BaseModelOutputWithPooling(
+        return BaseModelOutputWithPooling(
             last_hidden_state=torch.cat([output.last_hidden_state for output in outputs], dim=-1),
             pooler_output=torch.cat([output.pooler_output for output in outputs], dim=-1),
             **recorded,
         )
-        return combined if return_dict else combined.to_tuple()
 
     def attention_maps(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """As `WSDinoModel.attention_maps`, with the towers' heads side by side: `(batch, channels * heads, h, w)`."""

@@ -3,6 +3,7 @@
 import argparse
 import math
 import pickle
+import shutil
 from fractions import Fraction
 
 import numpy as np
@@ -240,11 +241,29 @@ def test_sdpa_is_the_default_and_equals_eager_which_returns_attentions():
     assert np.abs(slow.attentions[-1][0].numpy() - plain).max() < 1e-5
 
 
-def test_return_dict_false_gives_a_tuple():
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="flex attention needs a C++ compiler on a CPU")
+@pytest.mark.filterwarnings("ignore")
+def test_flex_attention_equals_sdpa():
     model = small_model()
-    images = torch.rand(1, 1, 64, 64)
+    images = torch.rand(2, 1, 64, 40)
+    with torch.no_grad():
+        expected = model(images)
+        model.set_attn_implementation("flex_attention")
+        torch.testing.assert_close(model(images).last_hidden_state, expected.last_hidden_state, atol=1e-5, rtol=1e-5)
+        pooled = model(images, cls_only=True).pooler_output
+    torch.testing.assert_close(pooled, expected.pooler_output, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [[], ["dna", "actin"]], ids=["one tower", "combined"])
+def test_return_dict_false_gives_a_tuple(channels):
+    model = small_model(cls=WSDinoMultiChannelModel if channels else WSDinoModel, channel_names=channels)
+    count = max(len(channels), 1)
+    images = torch.rand(1, count, 64, 64)
     last, pooled = model(images, return_dict=False)
-    assert last.shape == (1, 65, 32) and pooled.shape == (1, 32)
+    assert last.shape == (1, 65, 32 * count) and pooled.shape == (1, 32 * count)
+    model.config.return_dict = False
+    assert isinstance(model(images), tuple) and model(images, return_dict=True).pooler_output.shape == pooled.shape
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -507,7 +526,6 @@ def test_the_combined_model_is_its_towers_side_by_side():
         torch.testing.assert_close(output.pooler_output[:, part], alone.pooler_output)
         torch.testing.assert_close(output.last_hidden_state[..., part], alone.last_hidden_state)
     assert model(images, cls_only=True).last_hidden_state.shape == (2, 1, 96)
-    assert len(model(images, return_dict=False)) == 2
 
 
 def test_the_combined_model_changes_attention_in_every_tower():
