@@ -77,13 +77,10 @@ def build_repository(
     }
     config = json.loads((partial / "config.json").read_text())
     config["auto_map"] = {key: code[key] for key in ("AutoConfig", "AutoModel")}
-    config["custom_pipelines"] = {
-        "feature-extraction": {
-            "impl": "pipeline_wsdino.WSDinoFeatureExtractionPipeline",
-            "pt": ["AutoModel"],
-            "type": "image",
-        }
-    }
+    # The Hub's page of a model shows its code with the card's task, image-feature-extraction, whose stock pipeline
+    # would turn every image into 8-bit RGB.
+    own = {"impl": "pipeline_wsdino.WSDinoFeatureExtractionPipeline", "pt": ["AutoModel"], "type": "image"}
+    config["custom_pipelines"] = {task: own for task in ("feature-extraction", "image-feature-extraction")}
     processor = image_processor.to_dict() | {"channel_names": list(model.config.channel_names)}
     processor["auto_map"] = {"AutoImageProcessor": code["AutoImageProcessor"]}
     _write_json(partial / "config.json", config)

@@ -51,13 +51,8 @@ def test_the_folder_holds_everything_and_nothing_else(tmp_path, processor):
         "AutoConfig": "configuration_wsdino.WSDinoConfig",
         "AutoModel": "modeling_wsdino.WSDinoModel",
     }
-    assert config["custom_pipelines"] == {
-        "feature-extraction": {
-            "impl": "pipeline_wsdino.WSDinoFeatureExtractionPipeline",
-            "pt": ["AutoModel"],
-            "type": "image",
-        }
-    }
+    own = {"impl": "pipeline_wsdino.WSDinoFeatureExtractionPipeline", "pt": ["AutoModel"], "type": "image"}
+    assert config["custom_pipelines"] == {"feature-extraction": own, "image-feature-extraction": own}
     assert config["channel_names"] == ["dna"] and config["model_type"] == "wsdino"
     settings = json.loads((folder / "preprocessor_config.json").read_text())
     assert settings["auto_map"] == {"AutoImageProcessor": "image_processing_wsdino.WSDinoImageProcessor"}

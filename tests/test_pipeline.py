@@ -289,9 +289,10 @@ def test_a_saved_pipeline_loads_again(tmp_path):
     build_repository(tmp_path / "model", make_model(["dna"]), WSDinoImageProcessor(tile_size=32))
     loaded = pipeline("feature-extraction", model=str(tmp_path / "model"), trust_remote_code=True, device="cpu")
     loaded.save_pretrained(tmp_path / "saved")
-    again = pipeline("feature-extraction", model=str(tmp_path / "saved"), trust_remote_code=True, device="cpu")
     (field,) = make_fields(1, 1)
-    assert again(field) == loaded(field)
+    for task in ("feature-extraction", "image-feature-extraction"):  # the second stands on the Hub's page of a model
+        again = pipeline(task, model=str(tmp_path / "saved"), trust_remote_code=True, device="cpu")
+        assert again(field) == loaded(field)
     for name in ("pipeline_wsdino.py", "modeling_wsdino.py"):
         assert (tmp_path / "saved" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
 
