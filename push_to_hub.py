@@ -213,7 +213,13 @@ def differs(path: Path, remote) -> bool:
 
 
 def push_repository(api: HfApi, repository: Repository, *, private: bool) -> int:
-    """Create a repository if need be and make it hold the folder's files. Returns how many files changed."""
+    """Create a repository if need be and make it hold the folder's files. Returns how many files changed.
+
+    Raises
+    ------
+    PushError
+        If it is to be private, but exists and is public.
+    """
     kind = repository.kind
     api.create_repo(
         repository.repo_id,
@@ -222,6 +228,8 @@ def push_repository(api: HfApi, repository: Repository, *, private: bool) -> int
         exist_ok=True,
         space_sdk="static" if kind == "space" else None,
     )
+    if private and api.repo_info(repository.repo_id, repo_type=kind).private is False:  # it was there before
+        raise PushError("it is public: make it private in its settings, or leave out --private")
     tree = api.list_repo_tree(repository.repo_id, recursive=True, repo_type=kind)
     remote = {entry.path: entry for entry in tree if hasattr(entry, "blob_id")}
     files = local_files(repository.folder)

@@ -253,6 +253,16 @@ def test_old_files_leave_and_changed_ones_are_replaced(run, tmp_path):
         assert hub.repositories["space", "lab/not_same_compound"]["files"] == right
 
 
+def test_nothing_private_is_pushed_into_a_public_repository(run, tmp_path):
+    """Creating a repository that exists leaves its visibility as it is."""
+    with HubServer(TOKEN) as hub:
+        assert push(hub, run, tmp_path, "--parts", "metric").returncode == 0
+        before = hub.commits()
+        done = push(hub, run, tmp_path, "--parts", "metric", "models", "--private")
+        assert done.returncode == 2 and hub.commits() == before
+        assert "space lab/not_same_compound could not be pushed (it is public: make it private" in done.stderr
+
+
 def test_without_a_token_or_with_a_wrong_one_nothing_is_created(run, tmp_path):
     with HubServer(TOKEN) as hub:
         for token, words in ((None, "there is no Hub token: log in with 'hf auth login'"), ("hf_wrong", "HTTP 401")):
