@@ -508,22 +508,40 @@ def extract_file(
             extractor.model.to(PRECISIONS[options.precision])
             if options.compile:
                 extractor.model.compile()
-    lock = FileLock(file.folder / "lock")  # the main process's; it dies with it
+    lock = begin_file(file, state)
     try:
-        if state.is_main_process:
-            file.start()
-            lock.acquire(timeout=0)
-        state.wait_for_everyone()
         for channel, extractor in extractors.items():
             extract_channel(file, channel, extractor, dataset, options, state)
         state.wait_for_everyone()
         if state.is_main_process:
             file.join()
         state.wait_for_everyone()
-    except Timeout:
-        raise ProfileError(f"Another extraction is writing {path}: wait for it, or name another output.") from None
     finally:
         lock.release()
+
+
+def begin_file(file: ProfileFile, state: PartialState) -> FileLock:
+    """Make a profile file's place ready. Nobody else writes there before the lock, the main process's, is released, or
+    its process has died.
+
+    Raises:
+        ProfileError: on every process, where another extraction is writing, or nothing can be written.
+    """
+    lock, problem = FileLock(file.folder / "lock"), [None]
+    if state.is_main_process:
+        try:
+            file.start()
+            lock.acquire(timeout=0)
+            file.clear()
+        except Timeout:
+            problem = [f"Another extraction is writing {file.path}: wait for it, or name another output."]
+        except ProfileError as error:
+            lock.release()
+            problem = [str(error)]
+    (sentence,) = broadcast_object_list(problem)
+    if sentence:
+        raise ProfileError(sentence)
+    return lock
 
 
 # ---------------------------------------------------------------------------------------------- pictures

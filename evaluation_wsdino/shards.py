@@ -49,7 +49,7 @@ class ProfileFile:
         return _digest_of(self.path) == self.digest
 
     def start(self) -> None:
-        """Make the folder of the shards, and clear it of those of other inputs and of half-written ones.
+        """Make the folder of the shards.
 
         Raises
         ------
@@ -60,6 +60,18 @@ class ProfileFile:
             raise ProfileError(f"{self.path} holds something else than extracted profiles: name another output.")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ProfileError(_unwritable(self.path, error)) from error
+
+    def clear(self) -> None:
+        """Remove the shards of other inputs and half-written ones, for whoever alone writes here.
+
+        Raises
+        ------
+        ProfileError
+            If they cannot be removed.
+        """
+        try:
             for path in self.folder.iterdir():
                 if path.name != "lock" and (path.suffix != ".parquet" or _digest_of(path) != self.digest):
                     path.unlink()

@@ -514,15 +514,19 @@ def test_the_metadata_of_the_file_tells_how_it_was_made(run):
 # ------------------------------------------------------------------------------------------- several processes
 
 
+LAUNCH_TWO = (
+    *("-m", "accelerate.commands.accelerate_cli", "launch", "--quiet", "--multi_gpu", "--num_processes", "2"),
+    *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+)
+
+
 def test_two_processes_write_what_one_writes(run, tmp_path):
     """`accelerate launch` on two processes (gloo): each extracts a share, together the same file to the bit."""
     flags = ("--sets", "trained", "intensity", "--batch_size", 8, "--shard_fields", 24)
     two = Path(shutil.copytree(run, tmp_path / "two"))
     extract(run, *flags)
     done = command(
-        *("-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2"),
-        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
-        *("extract_profiles.py", two, *flags),
+        *(*LAUNCH_TWO, "extract_profiles.py", two, *flags),
         ACCELERATE_USE_CPU="true",
     )
     assert done.returncode == 0, done.stderr
@@ -540,18 +544,16 @@ def test_one_of_two_processes_killed_then_both_then_resumed(run, tmp_path):
     extract(expected, *flags)
     script = tmp_path / "killed.py"
     script.write_text(KILLED.replace("import os, signal, sys", KILLED_RANKS))
-    launch = ("-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2")
-    launch += ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")
     folder = run / "profiles" / "trained.parquet.shards"
     kept = {}
     for ranks in ("1", "0 1", "0"):
-        done = command(*launch, script, 3, run, *flags, ACCELERATE_USE_CPU="true", KILLED_RANKS=ranks)
+        done = command(*LAUNCH_TWO, script, 3, run, *flags, ACCELERATE_USE_CPU="true", KILLED_RANKS=ranks)
         assert done.returncode != 0
         now = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.parquet")}
         assert len(now) > len(kept) and kept.items() <= now.items(), "whole shards stay and are not done again"
         kept = now
     assert not (run / "profiles" / "trained.parquet").exists()
-    done = command(*launch, "extract_profiles.py", run, *flags, ACCELERATE_USE_CPU="true")
+    done = command(*LAUNCH_TWO, "extract_profiles.py", run, *flags, ACCELERATE_USE_CPU="true")
     assert done.returncode == 0, done.stderr[-2000:]
     table = pd.read_parquet(run / "profiles" / "trained.parquet")
     pd.testing.assert_frame_equal(table, pd.read_parquet(expected / "profiles" / "trained.parquet"))
@@ -782,8 +784,13 @@ def test_two_extractions_at_once_into_one_file_are_refused(run, capsys):
 
     folder = run / "profiles" / "trained.parquet.shards"
     folder.mkdir(parents=True)
+    theirs = folder / "dna-000000000-000000008.parquet"
+    theirs.write_bytes(b"half of what the other is writing, with other settings")
     with FileLock(folder / "lock"):
         assert "Another extraction" in refused(capsys, run, "--sets", "trained")
+        assert theirs.exists()
+        done = command(*LAUNCH_TWO, "extract_profiles.py", run, "--sets", "trained", ACCELERATE_USE_CPU="true")
+    assert "Another extraction" in done.stderr and "ProfileError" not in done.stderr and "gloo" not in done.stderr
     extract(run, "--sets", "trained")
 
 
