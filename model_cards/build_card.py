@@ -100,7 +100,8 @@ def model_card(
         ),
         input_channels=f"the channels {words}, in this order" if combined else f"the {words} channel",
         tile_words=_tile_words(processor),
-        output=f"{width} numbers a field" + (", of unit length" if combined else ""),
+        output=f"{width} numbers a field, the median over its tiles of the CLS token"
+        + (", the channels side by side and together of unit length" if combined else ""),
         repo_id=repo_id,
         example="{" + ", ".join(f'"{name}": "{name}.tif"' for name in channels) + "}" if combined else '"field.tif"',
         data=_data_words(results, settings, dataset_id, dataset_name),

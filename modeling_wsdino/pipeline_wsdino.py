@@ -26,6 +26,7 @@ class WSDinoFeatureExtractionPipeline(Pipeline):
 
     A repository of one channel gives `hidden_size` numbers a field (384 for ViT-S); the combined repository gives
     those of its channels side by side, divided by their Euclidean norm (1152), as the paper compares profiles.
+    Fields are taken as they are, neither corrected for illumination nor resized: give them as the training data are.
 
     One input is an array `(height, width)` or `(channels, height, width)`, a Pillow image, the path of a PNG or TIFF
     file, or a dict of these by channel name. Lists return lists. Generators, `KeyDataset` and other torch datasets

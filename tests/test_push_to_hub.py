@@ -342,6 +342,13 @@ def test_a_card_shows_the_measured_numbers_and_no_others(channels):
         assert number in known | rounded | {"95", "13"}, number  # 95 % intervals, 13 gained treatments
 
 
+def test_a_card_says_what_the_pipeline_leaves_to_the_user():
+    """The training data were corrected and resized; fields straight from a microscope are not."""
+    text = " ".join(card_of(make_results(simulated=False), ["dna"]).split())
+    assert "neither corrected for illumination nor resized: prepare yours as the training data were" in text
+    assert "raw" not in text and "the median over its tiles of the CLS token" in text
+
+
 def test_a_card_of_simulated_data_says_so_first():
     card = ModelCard(card_of(make_results(), ["dna"], dataset_name="simulated screen"))
     assert card.text.strip().startswith("# Simulated demonstration: ")
@@ -376,8 +383,8 @@ def test_a_card_tells_the_recipe_that_ran_and_no_setting_that_had_no_effect():
     results["simulated"] = False
     text = card_of(results, ["dna"])
     assert "| centre momentum | 0.8 |" in text and "whitened" not in text and "kept out" not in text
-    assert "Trained on one screen" in text and "raw 16-bit intensities" in text
-    assert "raw 8-bit intensities" in card_of(results, ["dna"], limit=255)
+    assert "Trained on one screen" in text and "16-bit intensities of the dna channel" in text
+    assert "8-bit intensities of" in card_of(results, ["dna"], limit=255)
 
 
 def test_nothing_scored_is_a_dash_and_no_metadata():
