@@ -5,7 +5,7 @@
 
 import shutil
 import warnings
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Mapping, Sized
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,9 @@ class WSDinoFeatureExtractionPipeline(Pipeline):
 
     One input is an array `(height, width)` or `(channels, height, width)`, a Pillow image, the path of a PNG or TIFF
     file, or a dict of these by channel name. Lists return lists. Generators, `KeyDataset` and other torch datasets
-    return an iterator that reads as it goes; a dataset of the `datasets` library is read by the columns named like the
-    model's channels. `batch_size` counts fields, whose tiles go through the model together.
+    return an iterator that reads as it goes; so do one column of a dataset of the `datasets` library, and the dataset
+    itself, which is read by the columns named like the model's channels. `batch_size` counts fields, whose tiles go
+    through the model together.
 
     Parameters (of the pipeline, or of one call)
     ----------
@@ -91,23 +92,28 @@ class WSDinoFeatureExtractionPipeline(Pipeline):
         if isinstance(inputs, list) and not inputs:
             return []
         if isinstance(inputs, KeyDataset):
-            self._check_column(inputs)
+            self._check_column(inputs.dataset, inputs.key)
         elif hasattr(inputs, "select_columns"):  # of the `datasets` library: a table, or a stream of rows
-            inputs = self._channel_rows(inputs)
+            inputs = _streamed(self._channel_rows(inputs))
+        elif hasattr(inputs, "column_name"):  # of the same library: one column of these
+            self._check_column(inputs.source, inputs.column_name)
+            inputs = _streamed(inputs)
         return super().__call__(inputs, **kwargs)
 
-    def _check_column(self, inputs: KeyDataset) -> None:
+    def _check_column(self, dataset: Any, column: str) -> None:
         """Refuse one channel's column for another channel's model, where the dataset has both."""
         channel_names = self.model.config.channel_names
-        columns = getattr(inputs.dataset, "column_names", None) or []
-        if len(channel_names) == 1 and inputs.key != channel_names[0] and channel_names[0] in columns:
+        columns = getattr(dataset, "column_names", None) or []
+        if len(channel_names) == 1 and column != channel_names[0] and channel_names[0] in columns:
             raise ValueError(
-                f"the column {inputs.key} was given, but this model was trained on {channel_names[0]}: "
+                f"the column {column} was given, but this model was trained on {channel_names[0]}: "
                 f"give KeyDataset(dataset, {channel_names[0]!r}), or use the repository of the other channel."
             )
 
     def _channel_rows(self, inputs: Any) -> Any:
         """The model's channels of every row, the other columns not even decoded."""
+        if isinstance(inputs, Mapping):
+            raise ValueError(f"the dataset has the splits {', '.join(inputs)}: give one of them.")
         channel_names, columns = self.model.config.channel_names, inputs.column_names or []
         absent = [name for name in channel_names if columns and name not in columns]
         if absent or not channel_names:
@@ -115,8 +121,7 @@ class WSDinoFeatureExtractionPipeline(Pipeline):
                 f"the dataset has the columns {', '.join(columns)}, but this model needs "
                 f"{', '.join(absent) or 'a name'}: rename the channel's column, or give KeyDataset(dataset, <column>)."
             )
-        rows = inputs.select_columns(channel_names)
-        return _Rows(rows) if isinstance(rows, Sized) else (row for row in rows)
+        return inputs.select_columns(channel_names)
 
     def preprocess(self, image: Any, **image_processor_kwargs: Any) -> dict[str, list[torch.Tensor]]:
         """One field's tiles, each `(channels, height, width)`."""
@@ -209,7 +214,7 @@ class WSDinoFeatureExtractionPipeline(Pipeline):
 
 
 class _Rows(Dataset):
-    """A table of the `datasets` library as a torch dataset, which is what the stock pipelines stream."""
+    """A table of the `datasets` library, or a column, as a torch dataset, which is what the stock pipelines stream."""
 
     def __init__(self, rows: Any) -> None:
         self.rows = rows
@@ -217,8 +222,13 @@ class _Rows(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict:
+    def __getitem__(self, index: int) -> Any:
         return self.rows[index]
+
+
+def _streamed(rows: Any) -> Dataset | Iterator:
+    """Rows or fields of the `datasets` library as the stock pipelines stream them: by index, or one after another."""
+    return _Rows(rows) if isinstance(rows, Sized) else (row for row in rows)
 
 
 def _collate(fields: list[dict[str, list[torch.Tensor]]]) -> dict[str, list]:

@@ -10,7 +10,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Value
+from datasets import Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import AutoModel, pipeline
@@ -369,3 +369,16 @@ def test_a_dataset_of_several_channels_needs_no_key():
     np.testing.assert_allclose(list(combined(table.to_iterable_dataset(), batch_size=2)), expected, atol=1e-5)
     with pytest.raises(ValueError, match="columns actin, well, but this model needs dna"):
         combined(table.remove_columns("dna"))
+    with pytest.raises(ValueError, match="the dataset has the splits train, test: give one of them"):
+        combined(DatasetDict(train=table, test=table))
+
+
+def test_a_column_of_a_dataset_is_streamed():
+    pipe, screen = make_pipeline(), Screen()
+    pictures = {name: [Image.fromarray(row[name]) for row in screen] for name in ("actin", "dna")}
+    table = Dataset.from_dict(pictures, features=Features({"actin": ImageFeature(), "dna": ImageFeature()}))
+    expected = [pipe(row["dna"]) for row in screen]
+    for source in (table, table.to_iterable_dataset()):
+        np.testing.assert_allclose(list(pipe(source["dna"], batch_size=2)), expected, atol=1e-5)
+    with pytest.raises(ValueError, match=r"column actin .* trained on dna: give KeyDataset\(dataset, 'dna'\)"):
+        pipe(table["actin"])
