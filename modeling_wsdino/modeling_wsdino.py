@@ -443,7 +443,10 @@ class WSDinoMultiChannelModel(WSDinoPreTrainedModel):
             for tower, image in zip(self.towers.values(), self._split(pixel_values), strict=True)
         ]
         recorded = {
-            key: tuple(torch.cat(towers, dim=dim) for towers in zip(*(output[key] for output in outputs), strict=True))
+            key: tuple(
+                None if towers[0] is None else torch.cat(towers, dim=dim)  # None: a layer that was not asked for
+                for towers in zip(*(output[key] for output in outputs), strict=True)
+            )
             for key, dim in (("hidden_states", -1), ("attentions", 1))  # where the towers stand side by side
             if getattr(outputs[0], key) is not None
         }

@@ -537,6 +537,8 @@ def test_the_combined_model_changes_attention_in_every_tower():
     assert len(output.attentions) == 3 and output.attentions[0].shape == (1, 4, 65, 65)
     assert len(output.hidden_states) == 4 and output.hidden_states[0].shape == (1, 65, 64)
     torch.testing.assert_close(maps.flatten(2), output.attentions[-1][:, :, 0, 1:])
+    chosen = model(images, output_hidden_states=[-1]).hidden_states  # newer transformers leave the others out
+    torch.testing.assert_close(chosen[-1], output.hidden_states[-1])
 
 
 def test_the_combined_model_names_its_channels():
