@@ -253,8 +253,10 @@ def _read_field(image: Any, channel_names: list[str]) -> tuple[np.ndarray, str]:
         raise ValueError(f"{name} holds {image.dtype} values: give intensities.")
     if image.ndim == 2:
         image = image[None]
-    if image.ndim != 3:
-        raise ValueError(f"{name} has the shape {image.shape}: give (height, width) or (channels, height, width).")
+    if image.ndim != 3 or image.shape[2] <= 4 < image.shape[0]:  # no field is four pixels wide
+        raise ValueError(
+            f"{name} has the shape {image.shape}: give (height, width), or (channels, height, width), channels first."
+        )
     return image, name
 
 

@@ -151,6 +151,7 @@ def test_a_16_bit_field_is_refused_by_an_8_bit_model():
     [
         (field(100, 170), "100x170 pixels .height x width., smaller than the 128x128 of its 64x64 tiles: give"),
         (field()[0], r"the shape \(170,\)"),
+        (np.stack([field()] * 3, axis=-1), r"the shape \(150, 170, 3\): give .* channels first"),
         (Image.new("RGB", (170, 150)), "a RGB picture, not measured intensities"),
         (Image.new("P", (170, 150)), "a P picture"),
         (field() > 3, "holds bool values"),
