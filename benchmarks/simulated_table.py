@@ -262,7 +262,8 @@ def draw_table(numbers: dict) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + len(shown) * (width + gap)} {height}" '
         'font-family="sans-serif" font-size="13">',
         f'<rect width="100%" height="{height}" fill="white"/>',
-        f'<text x="{left}" y="20" font-weight="bold">SIMULATED screen: a dot a seed, a bar at the mean</text>',
+        f'<text x="{left}" y="20"><tspan font-weight="bold">SIMULATED screen.</tspan> A dot a seed, a bar at their '
+        "mean; dashed: DINO without labels.</text>",
     ]
     for panel, measure in enumerate(shown):
         x0 = left + panel * (width + gap)
