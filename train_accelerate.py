@@ -39,7 +39,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from dataset_scripts import ScreenError, build_dataset, fields_with, open_planes, simulate_screen
 from evaluation_wsdino import ProfileError
-from evaluation_wsdino.evaluate_profiles import evaluate_set
+from evaluation_wsdino.evaluate_profiles import collapse_verdict, evaluate_set
 from extract_profiles import load_parts, metadata_table, network_features, refuse_missing_processes
 from modeling_wsdino import WSDinoConfig, WSDinoImageProcessor, WSDinoModel
 from modeling_wsdino.build_repository import build_combined_repository, build_repository
@@ -436,6 +436,7 @@ class ChannelRun:
         )
         self.data = ChannelData(arguments, channel, dataset, self.accelerator)
         self.log = ChannelLog(self.folder / "metrics.jsonl", self.accelerator, arguments.trackers)
+        self.collapsed = False  # whether the monitors looked so at the last checkpoint
         self._prepare_evaluation(path)
         self._prepare_networks()
 
@@ -563,7 +564,7 @@ class ChannelRun:
             disable=not accelerator.is_local_main_process,
         )
         with Interruption() as interruption, bar:
-            window, since = [], time.perf_counter()
+            window, since, line = [], time.perf_counter(), {}
             for step, micro_batches in enumerate(self.data.steps(first_step), first_step):
                 monitors = self._step(step, micro_batches)
                 stopped = self._agree(step, monitors["loss"], interruption)
@@ -580,6 +581,8 @@ class ChannelRun:
                     since = time.perf_counter()
                 if stopped or at_end or (rest == 0 and epochs_done % a.save_every == 0):
                     self.save(step + 1)
+                    if epochs_done >= a.warmup_epochs:
+                        self._report_collapse(line, bar)
                 if stopped and not at_end:
                     accelerator.print(f"\n{self.channel}: stopped after step {step + 1}; --resume goes on from there.")
                     return False
@@ -699,6 +702,15 @@ class ChannelRun:
                 f"NSCB {scores['nscb_correct']}/{scores['nscb_total']}"
             )
         self.accelerator.wait_for_everyone()
+
+    def _report_collapse(self, line: dict, bar) -> None:
+        """Say when the last monitors begin to look like a collapsed teacher, or cease to: days may hang on it."""
+        found = collapse_verdict([line], self.arguments.num_prototypes)
+        collapsed = found["verdict"] == "collapsed"
+        if collapsed != self.collapsed and self.accelerator.is_main_process:
+            what = f"collapsed: {'; '.join(found['reasons'])}" if collapsed else "no longer collapsed"
+            bar.write(f"{self.channel}, step {line['step']}: {what}")
+        self.collapsed = collapsed
 
     def _log(self, step: int, window: list[dict[str, torch.Tensor]], seconds: float) -> dict:
         """One line of metrics.jsonl: means over the steps since the last line and over the processes."""

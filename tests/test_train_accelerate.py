@@ -58,6 +58,17 @@ def command(*words, **environment):
     )
 
 
+@pytest.mark.parametrize("temperature, collapsed", [("100", True), ("0.04", False)])
+def test_a_collapse_is_told_while_training(tiny_screen, tmp_path, capsys, temperature, collapsed):
+    """At such a temperature all targets are uniform."""
+    flags = ["--preset", "paper", "--init", "random", "--channels", "dna", "--epochs", "1", "--warmup_epochs", "0"]
+    flags += ["--save_every", "1", "--teacher_temperature", temperature, "--warmup_teacher_temperature", temperature]
+    train(tiny_screen, tmp_path / "run", *flags)
+    told = [text for text in capsys.readouterr().out.splitlines() if "collapsed" in text]
+    assert len(told) == collapsed
+    assert all(text.startswith("dna, step") and "nearly uniform" in text for text in told)
+
+
 def test_an_apple_machine_trains_on_its_processor():
     """In a process of its own, for accelerate chooses a device once."""
     done = command(
