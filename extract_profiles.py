@@ -30,7 +30,7 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
-from datasets import concatenate_datasets, load_dataset
+from datasets import concatenate_datasets
 from datasets.exceptions import DatasetsError
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from dataset_scripts import ScreenError, fields_with
+from dataset_scripts import ScreenError, fields_with, load_part
 from evaluation_wsdino import ProfileError
 from evaluation_wsdino.baselines import intensity_features, nuclear_features
 from evaluation_wsdino.pictures import draw_attention, draw_fields, save_sheet
@@ -96,7 +96,7 @@ def load_parts(path: str, parts: list[str], channels: list[str]):
     if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
         raise ScreenError(f"There is no dataset folder {path}: build it with wsdino-prepare or give a Hub id.")
     try:
-        dataset = concatenate_datasets([load_dataset(path, part, split="train") for part in parts])
+        dataset = concatenate_datasets([load_part(path, part) for part in parts])
     except (ValueError, OSError, DatasetsError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ScreenError(f"The dataset {path} cannot be loaded, parts {', '.join(parts)}: {reason}") from error

@@ -29,7 +29,6 @@ import pandas as pd
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import broadcast_object_list, set_seed
-from datasets import load_dataset
 from datasets.exceptions import DatasetsError
 from filelock import FileLock, Timeout
 from torch.utils.data import DataLoader
@@ -37,7 +36,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
-from dataset_scripts import ScreenError, build_dataset, fields_with, open_planes, simulate_screen
+from dataset_scripts import ScreenError, build_dataset, fields_with, load_part, open_planes, simulate_screen
 from evaluation_wsdino import ProfileError
 from evaluation_wsdino.evaluate_profiles import collapse_verdict, evaluate_set
 from extract_profiles import load_parts, metadata_table, network_features, refuse_missing_processes
@@ -141,7 +140,7 @@ def load_screen(arguments: TrainingArguments, accelerator: Accelerator):
         )
     with accelerator.local_main_process_first():
         try:
-            dataset = load_dataset(path, arguments.part, split="train")
+            dataset = load_part(path, arguments.part)
         except (ValueError, OSError, DatasetsError) as error:
             reason = str(error.__cause__ or error).split("\n")[0]  # the library wraps what names the damage
             raise TrainingError(f"--dataset {path} --part {arguments.part} cannot be loaded: {reason}") from error

@@ -16,6 +16,7 @@ _HOME = {
     "ScreenError": "screen",
     "build_dataset": "prepare",
     "fields_with": "planes",
+    "load_part": "planes",
     "open_planes": "planes",
     "read_screen": "screen",
     "simulate_screen": "simulate",

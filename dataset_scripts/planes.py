@@ -1,4 +1,4 @@
-"""Reads one channel of a dataset as one memory-mapped array, through an explicit, checked cache.
+"""Opens a dataset, and reads one channel of it as one memory-mapped array, through an explicit, checked cache.
 
 Decoding a PNG costs a few milliseconds a plane, every epoch and in every process; a memory map costs a page fault.
 The cache holds one `.npy` a channel, written once beside its name and renamed when complete, under a lock that dies
@@ -15,6 +15,7 @@ import io
 import json
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -26,6 +27,50 @@ from .images import read_image
 from .screen import ScreenError
 
 UNUSED_DAYS, HALF_WRITTEN_DAYS = 30, 1
+
+
+def load_part(path, part: str):
+    """One part of a dataset folder or Hub id, as `load_dataset(path, part, split="train")` but never of another time.
+
+    The datasets library knows a local folder by its name and its card alone: images that changed under an unchanged
+    card, and those of another folder of the same name and card, it would take from its cache. Here a folder's state
+    (the place, names, sizes and times of its files) names the cache, and becomes part of the dataset's fingerprint.
+
+    Parameters
+    ----------
+    path : str or path
+    part : str
+        Name of a configuration.
+
+    Returns
+    -------
+    datasets.Dataset
+
+    Raises
+    ------
+    ValueError, OSError, datasets.exceptions.DatasetsError
+        As `load_dataset` does.
+    """
+    import datasets
+
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return datasets.load_dataset(str(path), part, split="train")
+    files = sorted(file for file in folder.resolve().rglob("*") if file.is_file())
+    state = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    digest = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / f"wsdino_{digest}"
+    dataset = datasets.load_dataset(str(folder), part, split="train", cache_dir=str(cache))
+    try:
+        os.utime(cache)  # used today
+        for old in cache.parent.glob("wsdino_" + "[0-9a-f]" * 16):
+            if time.time() - old.stat().st_mtime > UNUSED_DAYS * 86400:
+                shutil.rmtree(old)
+    except OSError:  # another process was faster, or a cache that others may only read
+        pass
+    # The library's own fingerprint is of names alone, too, and other caches go by it.
+    dataset._fingerprint = hashlib.sha256(f"{dataset._fingerprint} {digest}".encode()).hexdigest()[:16]
+    return dataset
 
 
 def fields_with(dataset, channels):

@@ -129,21 +129,22 @@ def load_thumbnails(dataset, size=72):
     from datasets import Image, load_dataset  # slow to import, and not needed without thumbnails
     from datasets.exceptions import DatasetsError
 
+    # A folder is read as it is: the library's cache knows it by its name and card alone.
+    stream = Path(dataset).is_dir()
     try:
-        table = load_dataset(str(dataset), "annotated", split="train").select_columns(["treatment", "preview"])
+        table = load_dataset(str(dataset), "annotated", split="train", streaming=stream)
+        rows = iter(table.select_columns(["treatment", "preview"]).cast_column("preview", Image(decode=False)))
+        first = {}
+        for row in rows:
+            first.setdefault(row["treatment"], row["preview"])
     except (OSError, ValueError, KeyError, DatasetsError) as error:
         message = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ProfileError(f"{dataset} is not a dataset with treatments and previews ({message}).") from None
-    table = table.cast_column("preview", Image(decode=True))
-    first = {}
-    for index, treatment in enumerate(table["treatment"]):
-        first.setdefault(treatment, index)
     thumbnails = {}
-    for treatment, index in first.items():
-        picture = table[index]["preview"]
-        if picture is None:
+    for treatment, preview in first.items():
+        if preview is None:
             continue
-        picture = picture.convert("RGB")
+        picture = Image().decode_example(preview).convert("RGB")
         side = min(picture.size)
         left, top = (picture.width - side) // 2, (picture.height - side) // 2
         picture = picture.crop((left, top, left + side, top + side)).resize((size, size))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset_scripts.planes import open_planes
+from dataset_scripts.planes import load_part, open_planes
 from dataset_scripts.screen import ScreenError
 
 
@@ -207,3 +207,49 @@ def test_note_is_json(planes, tmp_path):
     open_planes(make(planes), "tubulin", tmp_path, progress=False)
     (note,), (file,) = tmp_path.glob("*.json"), tmp_path.glob("*.npy")
     assert json.loads(note.read_text())["bytes"] == file.stat().st_size
+
+
+CARD = "---\nconfigs:\n- config_name: annotated\n  data_files: annotated/train.parquet\n---\nOne card for all.\n"
+
+
+def write_folder(folder, level):
+    """A dataset folder whose card says nothing of its images: two planes of one grey level."""
+    (folder / "annotated").mkdir(parents=True, exist_ok=True)
+    features = datasets.Features({"dna": datasets.Image()})
+    rows = datasets.Dataset.from_dict({"dna": [np.full((8, 8), level, np.uint16)] * 2}, features=features)
+    rows.to_parquet(folder / "annotated" / "train.parquet")
+    (folder / "README.md").write_text(CARD)
+
+
+def levels(folder):
+    dataset = load_part(folder, "annotated")
+    (level,) = {int(value) for plane in dataset["dna"] for value in np.unique(plane)}
+    assert (open_planes(dataset, "dna", progress=False) == level).all()
+    return level, dataset._fingerprint
+
+
+def test_a_folder_is_never_taken_for_another_or_for_what_it_was(tmp_path):
+    """The datasets library tells local folders apart by name and card alone."""
+    one, two = tmp_path / "one" / "screen", tmp_path / "two" / "screen"
+    write_folder(one, 1000)
+    write_folder(two, 2000)
+    first, second = levels(one), levels(two)
+    assert (first[0], second[0]) == (1000, 2000) and first[1] != second[1]
+    assert levels(one) == first  # again, from the cache
+    write_folder(one, 3000)
+    again = levels(one)
+    assert again[0] == 3000 and again[1] not in (first[1], second[1])
+    joined = [datasets.concatenate_datasets([load_part(path, "annotated")] * 2)._fingerprint for path in (one, two)]
+    assert joined[0] != joined[1]
+
+
+def test_the_cache_of_a_folder_that_nobody_opened_for_long_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    write_folder(tmp_path / "screen", 1000)
+    old, other = tmp_path / "cache" / ("wsdino_" + "0" * 16), tmp_path / "cache" / "wsdino_planes"
+    for folder in (old, other):
+        folder.mkdir(parents=True)
+        os.utime(folder, (time.time() - 31 * 86400,) * 2)
+    load_part(tmp_path / "screen", "annotated")
+    assert not old.exists() and other.exists()
+    assert len(list((tmp_path / "cache").glob("wsdino_" + "[0-9a-f]" * 16))) == 1
