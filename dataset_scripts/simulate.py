@@ -59,7 +59,8 @@ class ScreenDesign:
     dmso_wells, reference_wells, fields_per_well : int
         Per plate, per plate, per well.
     nuisance : float
-        Multiplies the log standard deviations of batch, plate and well effects; 0 = none.
+        The dial of difficulty. Multiplies the log standard deviations of what hides the mechanism: batch, plate and
+        well effects, and how each treatment stains and kills in its own way; 0 = none.
     """
 
     image_size: tuple[int, int]
@@ -486,11 +487,17 @@ def main(argv=None) -> None:
     parser.add_argument("--image_size", type=int, nargs=2, metavar=("ROWS", "COLUMNS"), help="raw image size")
     parser.add_argument("--scale", type=float, help="multiplies every length in a picture (1: as in BBBC021)")
     parser.add_argument(
+        "--nuisance",
+        type=float,
+        help="difficulty: multiplies batch, plate, well and treatment effects other than the mechanism (default: 1)",
+    )
+    parser.add_argument(
         "--plate_map", nargs=2, metavar=("IMAGE_CSV", "MOA_CSV"), help="reproduce the plates of these official tables"
     )
     parser.add_argument("--workers", type=int, help="processes (default: all cores); the result does not depend on it")
     args = parser.parse_args(argv)
-    changes = {name: getattr(args, name) for name in ("image_size", "scale") if getattr(args, name) is not None}
+    changes = {name: getattr(args, name) for name in ("image_size", "scale", "nuisance")}
+    changes = {name: value for name, value in changes.items() if value is not None}
     if "image_size" in changes:
         changes["image_size"] = tuple(changes["image_size"])
     try:

@@ -123,6 +123,16 @@ def test_marks_itself_and_is_safe_to_repeat(screen, tmp_path):
         simulate_screen(tmp_path, size="tiny")
 
 
+def test_the_command_sets_size_scale_and_difficulty(tmp_path):
+    command = [str(tmp_path), "--size", "tiny", "--image_size", "40", "48", "--scale", "0.3", "--workers", "1"]
+    main([*command, "--nuisance", "0"])
+    known = json.loads((tmp_path / "simulation.json").read_text())
+    design = known["design"]
+    assert (design["image_size"], design["scale"], design["nuisance"]) == ([40, 48], 0.3, 0)
+    gains = {tuple(optics["gain"]) for optics in known["truth"]["optics"].values()}
+    assert gains == {(1.0, 1.0, 1.0)}  # no plate differs from another
+
+
 def test_an_interruption_is_one_sentence(tmp_path, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
