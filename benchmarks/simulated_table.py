@@ -215,7 +215,7 @@ def format_table(rows: dict[str, dict[int, dict]]) -> tuple[str, dict]:
     ]
     numbers = {}
     for name in [*(row for row in order if row in rows), *(row for row in rows if row not in order)]:
-        scores = dict(sorted(rows[name].items()))
+        scores = rows[name]
         base = PLAIN.get(name, "dino")
         numbers[name] = {measure: values_of(scores, measure) for measure in MEASURES}
         gains = {
