@@ -158,6 +158,8 @@ def build_dataset(
         to_come=download,
         progress=progress,
     )
+    if illumination:
+        _check_illumination_names(screen)
     recipe = {"preprocessing": asdict(preprocessing), "channels": screen.channels, "source": screen.source}
     work = output / ".build"
     _open_output(output, work, recipe, screen.plate_names())
@@ -199,6 +201,24 @@ def build_dataset(
         shutil.rmtree(work)
         if progress:
             _report(output, screen, records, counts)
+
+
+def _illumination_name(plate: str, channel: str) -> str:
+    return f"illumination/{plate}_{channel}.png"
+
+
+def _check_illumination_names(screen) -> None:
+    """Refuse plates and channels, such as `p_b` and `a` beside `p` and `b_a`, that would share a file."""
+    owners = {}
+    for plate in screen.plate_names():
+        for channel in screen.channels:
+            name = _illumination_name(plate, channel)
+            other, seen = owners.setdefault(name, (plate, channel))
+            if other != plate:
+                raise ScreenError(
+                    f"channel {seen} of plate {other} and channel {channel} of plate {plate} would both write {name}: "
+                    "name the channels otherwise"
+                )
 
 
 def _plate_tasks(screen, output: Path, recipe: dict) -> list[PlateTask]:
@@ -343,7 +363,7 @@ def _build_plate(task: PlateTask) -> None:
         levels = plate_levels(fields, task.raw, task.channels, task.preprocessing, size, _tick)
     saved = {}
     for channel, level in levels.items():
-        name = f"illumination/{task.plate}_{channel}.png"
+        name = _illumination_name(task.plate, channel)
         _write_bytes(task.output / name, encode_png(level))
         saved[channel] = {"file": _file_record(task.output, name), "sha256": levels_digest(level)}
     functions = {channel: illumination_function(level) for channel, level in levels.items()}

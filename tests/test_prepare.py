@@ -584,6 +584,34 @@ def test_five_channels_of_another_screen(tmp_path, bits):
                 assert (np.asarray(image) == np.asarray(row[name])).all()
 
 
+def test_two_plates_whose_illumination_functions_have_one_name_are_refused(tmp_path):
+    from dataset_scripts import ScreenColumns
+
+    lines = ["P,W,S,D,C,F,G"]
+    for i, plate in enumerate(["p", "p_b"]):
+        for name in "fg":
+            Image.fromarray(np.full((16, 16), 9, np.uint8)).save(tmp_path / f"{name}{i}.png")
+        lines.append(f"{plate},A01,1,none,0,f{i}.png,g{i}.png")
+    (tmp_path / "table.csv").write_text("\n".join(lines) + "\n")
+    columns = ScreenColumns(
+        channels={"a": ("F", None), "b_a": ("G", None)},
+        plate="P",
+        well="W",
+        site="S",
+        compound="D",
+        concentration="C",
+        replicate=None,
+        batch_pattern="(p)",
+        control="none",
+    )
+    given = {"image_csv": tmp_path / "table.csv", "columns": columns, "bits": 8, "resize": 1.0, "progress": False}
+    sentence = "channel b_a of plate p and channel a of plate p_b would both write illumination/p_b_a.png"
+    with pytest.raises(ScreenError, match=sentence):
+        build_dataset(tmp_path, tmp_path / "out", **given)
+    build_dataset(tmp_path, tmp_path / "out", illumination=False, **given)  # nothing of that name is written
+    assert len(load(tmp_path / "out", "all", tmp_path)) == 2
+
+
 def test_8_bit_screens_stay_8_bit_when_corrected_and_halved(tmp_path):
     """Oracle: the steps written plainly on a scale of 0 to 1, as CellProfiler holds images of any depth."""
     from scipy import ndimage
