@@ -114,14 +114,14 @@ def build_combined_repository(
     towers : mapping of str to repository folder or WSDinoModel
         The channels in the order of the combined model's features, such as dna, tubulin, actin.
     image_processor : WSDinoImageProcessor, optional
-        By default that of the first channel's repository.
+        By default that of the channels' repositories, which must be one and the same.
     card : str, optional
         The text of `README.md`.
 
     Raises
     ------
     ValueError
-        If the towers differ in shape, or none of them says how its fields become tiles.
+        If the towers differ in shape or in how their fields become tiles, or none of them says how.
     """
     if not towers:
         raise ValueError("no towers were given: name at least one channel.")
@@ -130,10 +130,7 @@ def build_combined_repository(
         for channel, tower in towers.items()
     }
     if image_processor is None:
-        first = next(iter(towers.values()))
-        if not isinstance(first, str | Path):
-            raise ValueError("models alone do not say how fields become tiles: give an image_processor.")
-        image_processor = WSDinoImageProcessor.from_pretrained(first)
+        image_processor = _common_image_processor(towers)
     shape_names = (
         "hidden_size",
         "num_hidden_layers",
@@ -160,6 +157,27 @@ def build_combined_repository(
     for channel, model in models.items():
         combined.towers[channel].load_state_dict(model.state_dict())
     return build_repository(folder, combined.eval(), image_processor, card=card)
+
+
+def _common_image_processor(towers: Mapping[str, str | Path | WSDinoModel]) -> WSDinoImageProcessor:
+    """The image processor of all towers' repositories; refuses towers that cut or scale fields in different ways."""
+    processors = {
+        channel: WSDinoImageProcessor.from_pretrained(tower)
+        for channel, tower in towers.items()
+        if isinstance(tower, str | Path)
+    }
+    if not processors:
+        raise ValueError("models alone do not say how fields become tiles: give an image_processor.")
+    first_channel, first = next(iter(processors.items()))
+    for channel, processor in processors.items():
+        for name in ("tiles", "tile_size", "tile_grid", "max_intensity"):
+            here, there = getattr(processor, name), getattr(first, name)
+            if here != there:
+                raise ValueError(
+                    f"the towers differ: {name} is {here} for {channel} and {there} for {first_channel}, and the "
+                    "combined model has one; give an image_processor if one suits them all."
+                )
+    return first
 
 
 def _is_repository(folder: Path) -> bool:

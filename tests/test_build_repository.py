@@ -138,6 +138,19 @@ def test_towers_that_do_not_fit_are_refused_in_a_sentence(tmp_path, processor):
         build_combined_repository(tmp_path / "combined", {}, processor)
 
 
+def test_towers_that_scale_fields_differently_need_an_image_processor(tmp_path, processor):
+    other = WSDinoImageProcessor(tile_size=processor.tile_size, max_intensity=255)
+    folders = {
+        "dna": build_repository(tmp_path / "dna", tower(0), processor),
+        "actin": build_repository(tmp_path / "actin", tower(1), other),
+    }
+    with pytest.raises(ValueError, match=f"max_intensity is 255 for actin and {processor.max_intensity} for dna"):
+        build_combined_repository(tmp_path / "combined", folders)
+    assert not (tmp_path / "combined").exists()
+    folder = build_combined_repository(tmp_path / "combined", folders, other)
+    assert WSDinoImageProcessor.from_pretrained(folder).max_intensity == 255
+
+
 def test_the_shipped_files_import_only_each_other_and_what_comes_with_transformers():
     room = Path(modeling_wsdino.__file__).parent
     others = {"torch", "transformers", "numpy", "PIL", "huggingface_hub", "safetensors"}
