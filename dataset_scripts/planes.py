@@ -33,8 +33,9 @@ def load_part(path, part: str):
     """One part of a dataset folder or Hub id, as `load_dataset(path, part, split="train")` but never of another time.
 
     The datasets library knows a local folder by its name and its card alone: images that changed under an unchanged
-    card, and those of another folder of the same name and card, it would take from its cache. Here a folder's state
-    (the place, names, sizes and times of its files) names the cache, and becomes part of the dataset's fingerprint.
+    card, and those of another folder of the same name and card, it would take from its cache. Here the state of the
+    card and of the part's data files (place, name, size and time) names the cache, and becomes part of the dataset's
+    fingerprint. Other files of the folder, such as a run kept there, change nothing.
 
     Parameters
     ----------
@@ -56,8 +57,10 @@ def load_part(path, part: str):
     folder = Path(path).expanduser()
     if not folder.is_dir():
         return datasets.load_dataset(str(path), part, split="train")
-    files = sorted(file for file in folder.resolve().rglob("*") if file.is_file())
-    state = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    folder = folder.resolve()
+    data_files = datasets.load_dataset_builder(str(folder), part).config.data_files or {}
+    files = {str(folder / "README.md"), *(file for split in data_files.values() for file in split)}
+    state = [(file, info.st_size, info.st_mtime_ns) for file in sorted(files) if (info := _stat(file))]
     digest = hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
     cache = Path(datasets.config.HF_DATASETS_CACHE) / f"wsdino_{digest}"
     dataset = datasets.load_dataset(str(folder), part, split="train", cache_dir=str(cache))
@@ -71,6 +74,14 @@ def load_part(path, part: str):
     # The library's own fingerprint is of names alone, too, and other caches go by it.
     dataset._fingerprint = hashlib.sha256(f"{dataset._fingerprint} {digest}".encode()).hexdigest()[:16]
     return dataset
+
+
+def _stat(file: str) -> os.stat_result | None:
+    """None where there is no such file: a folder needs no card, and a link may lead nowhere."""
+    try:
+        return os.stat(file)
+    except OSError:
+        return None
 
 
 def fields_with(dataset, channels):

@@ -4,6 +4,7 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -241,6 +242,20 @@ def test_a_folder_is_never_taken_for_another_or_for_what_it_was(tmp_path):
     assert again[0] == 3000 and again[1] not in (first[1], second[1])
     joined = [datasets.concatenate_datasets([load_part(path, "annotated")] * 2)._fingerprint for path in (one, two)]
     assert joined[0] != joined[1]
+
+
+def test_what_is_not_data_of_a_part_leaves_its_cache_alone(tmp_path):
+    """A run kept inside the dataset's folder writes there all the time; another part may grow."""
+    folder = tmp_path / "screen"
+    write_folder(folder, 1000)
+    before = levels(folder)
+    (folder / "runs" / "first").mkdir(parents=True)
+    (folder / "runs" / "first" / "metrics.jsonl").write_text('{"step": 1}\n')
+    (folder / "runs" / "last").symlink_to("nowhere")
+    shutil.copy(folder / "annotated" / "train.parquet", folder / "other.parquet")
+    assert levels(folder) == before
+    (folder / "README.md").write_text(CARD + "Another word.\n")
+    assert levels(folder)[1] != before[1]
 
 
 def test_the_cache_of_a_folder_that_nobody_opened_for_long_is_removed(tmp_path, monkeypatch):
