@@ -183,7 +183,8 @@ def paired(first: dict[int, dict], second: dict[int, dict], measure: str) -> dic
     if measure != "map":
         result["p_treatments"] = [compare_sets(first[seed], second[seed], measure)["p_compound"] for seed in seeds]
     if len(seeds) > 1:
-        sd = statistics.stdev(gains)
+        # Equal gains differ in their last bit, and a t test of that would be certain of everything.
+        sd = statistics.stdev(gains) if max(gains) - min(gains) > 1e-9 else 0.0
         half = student_t.ppf(0.975, len(seeds) - 1) * sd / math.sqrt(len(seeds))
         p = float(2 * student_t.sf(abs(mean) / (sd / math.sqrt(len(seeds))), len(seeds) - 1)) if sd else None
         result |= {"sd": sd, "interval": [mean - half, mean + half], "p": p}
@@ -234,6 +235,11 @@ def format_table(rows: dict[str, dict[int, dict]]) -> tuple[str, dict]:
         for measure in MEASURES:
             columns += [cell(numbers[name][measure]), gain_text(gains[measure])]
         lines.append("| " + " | ".join(map(str, [*columns, bad])) + " |")
+    if {"compound", "shuffled"} <= set(rows):
+        tests = {measure: paired(rows["shuffled"], rows["compound"], measure) for measure in MEASURES}
+        numbers["compound"]["over_shuffled"] = tests
+        text = ", ".join(f"{MEASURES[measure][0]} {gain_text(test)}" for measure, test in tests.items() if test)
+        lines += ["", f"What the label adds, compound over shuffled labels, paired by seed: {text}."]
     lines += epoch_lines(rows)
     return "\n".join(lines), numbers
 

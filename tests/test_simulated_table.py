@@ -70,6 +70,29 @@ def test_average_precision_is_shown_where_it_was_computed(tmp_path, capsys):
     assert ElementTree.parse(tmp_path / "table.svg") is not None
 
 
+def test_equal_gains_of_all_seeds_are_not_certainty(tmp_path, capsys):
+    """In floating point 0.7 - 0.4 and 0.9 - 0.6 differ in the last bit."""
+    for seed, right in enumerate((4, 6)):
+        write_results(tmp_path, "dino", seed, right)
+        write_results(tmp_path, "compound", seed, right + 3)
+    assert 0.7 - 0.4 != 0.9 - 0.6
+    simulated_table.main(["--folder", str(tmp_path), "--report"])
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| compound ")]
+    assert "| +30.0 (+30.0 to +30.0) |" in row and "p =" not in row
+
+
+def test_compound_labels_are_compared_with_shuffled_ones(tmp_path, capsys):
+    weak, shuffled = (6, 7, 9), (5, 4, 7)
+    for seed in range(3):
+        write_results(tmp_path, "compound", seed, weak[seed])
+        write_results(tmp_path, "shuffled", seed, shuffled[seed])
+    simulated_table.main(["--folder", str(tmp_path), "--report"])
+    test = ttest_rel(weak, shuffled)
+    low, high = (10 * bound for bound in test.confidence_interval())
+    gain = f"+20.0 ({low:+.1f} to {high:+.1f}), p = {test.pvalue:.2g}"
+    assert f"compound over shuffled labels, paired by seed: NSC {gain}, NSCB {gain}." in capsys.readouterr().out
+
+
 def test_the_best_epoch_is_told_beside_the_last(tmp_path, capsys):
     curves = {0: (2, 8, 5), 1: (6, 3, 4)}
     for seed, right in curves.items():
