@@ -5,8 +5,9 @@ This file stays at home; the four others of this package travel with every model
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -141,19 +142,9 @@ def build_combined_repository(
         "layer_norm_eps",
         "qkv_bias",
     )
-    shapes = {
-        channel: {name: getattr(model.config, name) for name in shape_names} for channel, model in models.items()
-    }
-    reference_channel, reference = next(iter(shapes.items()))
-    for channel, shape in shapes.items():
-        for name, value in shape.items():
-            if value != reference[name]:
-                raise ValueError(
-                    f"the towers differ: {name} is {value} for {channel} and {reference[name]} for "
-                    f"{reference_channel}; "
-                    "combine towers of one shape."
-                )
-    combined = WSDinoMultiChannelModel(WSDinoConfig(**reference, channel_names=list(models)))
+    configs = {channel: model.config for channel, model in models.items()}
+    shape = _common_values(configs, shape_names, "combine towers of one shape.")
+    combined = WSDinoMultiChannelModel(WSDinoConfig(**shape, channel_names=list(models)))
     for channel, model in models.items():
         combined.towers[channel].load_state_dict(model.state_dict())
     return build_repository(folder, combined.eval(), image_processor, card=card)
@@ -168,16 +159,22 @@ def _common_image_processor(towers: Mapping[str, str | Path | WSDinoModel]) -> W
     }
     if not processors:
         raise ValueError("models alone do not say how fields become tiles: give an image_processor.")
-    first_channel, first = next(iter(processors.items()))
-    for channel, processor in processors.items():
-        for name in ("tiles", "tile_size", "tile_grid", "max_intensity"):
-            here, there = getattr(processor, name), getattr(first, name)
-            if here != there:
+    names = ("tiles", "tile_size", "tile_grid", "max_intensity")
+    _common_values(processors, names, "the combined model has one, so give an image_processor that suits them all.")
+    return next(iter(processors.values()))
+
+
+def _common_values(owners: Mapping[str, Any], names: Iterable[str], mend: str) -> dict[str, Any]:
+    """The attributes `names` of all channels' `owners`; refuses owners that differ in one, with the mend."""
+    (first_channel, first), *_ = owners.items()
+    common = {name: getattr(first, name) for name in names}
+    for channel, owner in owners.items():
+        for name, there in common.items():
+            if (here := getattr(owner, name)) != there:
                 raise ValueError(
-                    f"the towers differ: {name} is {here} for {channel} and {there} for {first_channel}, and the "
-                    "combined model has one; give an image_processor if one suits them all."
+                    f"the towers differ: {name} is {here} for {channel} and {there} for {first_channel}; {mend}"
                 )
-    return first
+    return common
 
 
 def _is_repository(folder: Path) -> bool:
