@@ -17,6 +17,8 @@ COLUMNS = {
     "dna", "tubulin", "actin", "preview", "compound", "concentration", "treatment", "moa", "batch", "plate", "well",
     "site", "replicate", "source",
 }  # fmt: skip
+# Of small tables of other screens.
+PLAIN_COLUMNS = {"plate": "P", "well": "W", "site": "S", "compound": "D", "concentration": "C", "replicate": None}
 
 
 @pytest.fixture(scope="module")
@@ -134,9 +136,7 @@ def test_two_rows_that_lead_to_one_file(tmp_path):
 
     Image.fromarray(np.full((20, 24), 500, np.uint16)).save(tmp_path / "A01.tif")
     (tmp_path / "t.csv").write_text("P,W,S,D,C,F\np1,A01,1,x,1,p1/A01.tif\np2,A01,1,x,1,p2/A01.tif\n")
-    columns = ScreenColumns(
-        channels={"dna": ("F", None)}, plate="P", well="W", site="S", compound="D", concentration="C", replicate=None
-    )
+    columns = ScreenColumns(channels={"dna": ("F", None)}, **PLAIN_COLUMNS)
     with pytest.raises(ScreenError, match="lines 2 and 3 of .*t.csv both lead to .*A01.tif"):
         build_dataset(tmp_path, tmp_path / "out", image_csv=tmp_path / "t.csv", columns=columns, progress=False)
 
@@ -426,10 +426,7 @@ def test_the_card_of_another_screen_says_nothing_of_bbbc021(tmp_path):
         Image.fromarray(np.full((20, 24), 500 + i, np.uint16)).save(tmp_path / f"{i}.tif")
     lines = [f"p1,A0{i},1,{('vehicle', 'x')[i % 2]},1,{i}.tif" for i in range(4)]
     (tmp_path / "t.csv").write_text("P,W,S,D,C,F\n" + "\n".join(lines) + "\n")
-    columns = ScreenColumns(
-        channels={"er": ("F", None)}, plate="P", well="W", site="S", compound="D", concentration="C", replicate=None,
-        control="vehicle",
-    )  # fmt: skip
+    columns = ScreenColumns(channels={"er": ("F", None)}, control="vehicle", **PLAIN_COLUMNS)
     build_dataset(tmp_path, tmp_path / "out", image_csv=tmp_path / "t.csv", columns=columns, progress=False)
     card = (tmp_path / "out" / "README.md").read_text()
     text = " ".join(card.split("---\n")[-1].split())
@@ -593,17 +590,8 @@ def test_two_plates_whose_illumination_functions_have_one_name_are_refused(tmp_p
             Image.fromarray(np.full((16, 16), 9, np.uint8)).save(tmp_path / f"{name}{i}.png")
         lines.append(f"{plate},A01,1,none,0,f{i}.png,g{i}.png")
     (tmp_path / "table.csv").write_text("\n".join(lines) + "\n")
-    columns = ScreenColumns(
-        channels={"a": ("F", None), "b_a": ("G", None)},
-        plate="P",
-        well="W",
-        site="S",
-        compound="D",
-        concentration="C",
-        replicate=None,
-        batch_pattern="(p)",
-        control="none",
-    )
+    channels = {"a": ("F", None), "b_a": ("G", None)}
+    columns = ScreenColumns(channels=channels, batch_pattern="(p)", control="none", **PLAIN_COLUMNS)
     given = {"image_csv": tmp_path / "table.csv", "columns": columns, "bits": 8, "resize": 1.0, "progress": False}
     sentence = "channel b_a of plate p and channel a of plate p_b would both write illumination/p_b_a.png"
     with pytest.raises(ScreenError, match=sentence):
@@ -628,9 +616,7 @@ def test_8_bit_screens_stay_8_bit_when_corrected_and_halved(tmp_path):
         Image.fromarray(plane).save(tmp_path / f"{i}.png")
         lines.append(f"p1,A{i:02d},1,x,1,{i}.png")
     (tmp_path / "t.csv").write_text("\n".join(lines) + "\n")
-    columns = ScreenColumns(
-        channels={"er": ("F", None)}, plate="P", well="W", site="S", compound="D", concentration="C", replicate=None
-    )
+    columns = ScreenColumns(channels={"er": ("F", None)}, **PLAIN_COLUMNS)
     build_dataset(tmp_path, tmp_path / "out", image_csv=tmp_path / "t.csv", columns=columns, bits=8, progress=False)
 
     images = np.array(planes) / 255
