@@ -207,6 +207,8 @@ def format_table(rows: dict[str, dict[int, dict]]) -> tuple[str, dict]:
         if "interval" in test:
             text += f" ({100 * test['interval'][0]:+.1f} to {100 * test['interval'][1]:+.1f})"
             text += "" if test["p"] is None else f", p = {test['p']:.2g}"
+        elif "p_treatments" in test:
+            text += f", p = {test['p_treatments'][0]:.2g} over compounds"
         return text
 
     order = [*BASELINES, *MAIN, *CONTROLS]
@@ -235,11 +237,25 @@ def format_table(rows: dict[str, dict[int, dict]]) -> tuple[str, dict]:
         for measure in MEASURES:
             columns += [cell(numbers[name][measure]), gain_text(gains[measure])]
         lines.append("| " + " | ".join(map(str, [*columns, bad])) + " |")
-    if {"compound", "shuffled"} <= set(rows):
-        tests = {measure: paired(rows["shuffled"], rows["compound"], measure) for measure in MEASURES}
-        numbers["compound"]["over_shuffled"] = tests
-        text = ", ".join(f"{MEASURES[measure][0]} {gain_text(test)}" for measure, test in tests.items() if test)
-        lines += ["", f"What the label adds, compound over shuffled labels, paired by seed: {text}."]
+    # On the screen of `compound` and with labels, so that one setting tells the two apart.
+    controls = [
+        name for name in CONTROLS if name in rows and name not in PLAIN.values() and not name.startswith("clean_")
+    ]
+    if "compound" in rows and controls:
+        lines += [
+            "",
+            "Compound labels over each control that differs in one setting, paired by seed; of one seed, the exact p "
+            "of the treatments that differ, exchanged by compound.",
+            "",
+            f"| compound | seeds | {' | '.join(name for name, _ in MEASURES.values())} |",
+            "|" + "---|" * (2 + len(MEASURES)),
+        ]
+        numbers["compound"]["over"] = {}
+        for name in controls:
+            tests = {measure: paired(rows[name], rows["compound"], measure) for measure in MEASURES}
+            numbers["compound"]["over"][name] = tests
+            seeds = " ".join(str(seed) for seed in sorted(set(rows[name]) & set(rows["compound"])))
+            lines.append(f"| over {name} | {seeds} | {' | '.join(map(gain_text, tests.values()))} |")
     lines += epoch_lines(rows)
     return "\n".join(lines), numbers
 

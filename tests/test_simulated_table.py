@@ -81,16 +81,30 @@ def test_equal_gains_of_all_seeds_are_not_certainty(tmp_path, capsys):
     assert "| +30.0 (+30.0 to +30.0) |" in row and "p =" not in row
 
 
-def test_compound_labels_are_compared_with_shuffled_ones(tmp_path, capsys):
+def test_compound_labels_are_compared_with_each_control(tmp_path, capsys):
     weak, shuffled = (6, 7, 9), (5, 4, 7)
     for seed in range(3):
         write_results(tmp_path, "compound", seed, weak[seed])
         write_results(tmp_path, "shuffled", seed, shuffled[seed])
+    write_results(tmp_path, "other_well", 1, 2)
+    write_results(tmp_path, "mixed_plates", 1, 2)
+    for other in ("clean_compound", "clean_dino", "mixed_plates_dino"):  # of another screen, or without labels
+        write_results(tmp_path, other, 1, 9)
     simulated_table.main(["--folder", str(tmp_path), "--report"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| over ")]
     test = ttest_rel(weak, shuffled)
     low, high = (10 * bound for bound in test.confidence_interval())
     gain = f"+20.0 ({low:+.1f} to {high:+.1f}), p = {test.pvalue:.2g}"
-    assert f"compound over shuffled labels, paired by seed: NSC {gain}, NSCB {gain}." in capsys.readouterr().out
+    # One seed: 7 of 10 against 2 of 10. Rows 2 to 6 differ, of compounds 1, 2 (two each) and 3 (one): the exact
+    # two-sided sign-flip p of sums 2, 2, 1 is 2 / 8.
+    alone = "+50.0, p = 0.25 over compounds"
+    assert rows == [
+        f"| over shuffled | 0 1 2 | {gain} | {gain} |  |",
+        f"| over other_well | 1 | {alone} | {alone} |  |",
+        f"| over mixed_plates | 1 | {alone} | {alone} |  |",
+    ]
+    numbers = json.loads((tmp_path / "table.json").read_text())
+    assert list(numbers["compound"]["over"]) == ["shuffled", "other_well", "mixed_plates"]
 
 
 def test_the_best_epoch_is_told_beside_the_last(tmp_path, capsys):
