@@ -61,7 +61,7 @@ def bootstrap_interval(correct, compounds, level=0.95, draws=10_000, seed=0):
 
 
 def permutation_null(queries, draws=10_000, seed=0):
-    """How often shuffled labels score as well: the MOAs are dealt anew to the compounds, the neighbours stay.
+    """How often shuffled labels score as well: the MOAs of the scored compounds are dealt anew, the neighbours stay.
 
     The hypothesis tested is that labels have nothing to do with who is whose neighbour. A small p-value refutes that
     and no more: under NSC the neighbours may have been found through the batch.
@@ -100,12 +100,16 @@ def permutation_null(queries, draws=10_000, seed=0):
         return (winner == dealt[:, own]).sum(axis=1)
 
     observed = right(labels[None])[0]
+    # A mechanism that is left out is neither asked for nor found, so its name is not among those dealt.
+    dealt_to = np.unique(own)
     rng = np.random.default_rng(seed)
     counts = np.empty(draws, dtype=np.int64)
     step = max(1, 200_000 // (near.size * near.shape[1]))
     for start in range(0, draws, step):
         rows = min(step, draws - start)
-        counts[start : start + rows] = right(rng.permuted(np.tile(labels, (rows, 1)), axis=1))
+        dealt = np.tile(labels, (rows, 1))
+        dealt[:, dealt_to] = rng.permuted(dealt[:, dealt_to], axis=1)
+        counts[start : start + rows] = right(dealt)
     return {
         "p_value": float((1 + (counts >= observed).sum()) / (1 + draws)),
         "null_mean": float(counts.mean() / len(scored)),

@@ -125,6 +125,19 @@ def loops(profiles, moas, compounds, batches, plates=None, metric="cosine", k=1,
     return out
 
 
+def test_a_vector_without_direction_does_not_shorten_the_list_of_queries():
+    """`unanswerable` is about the screen's labels; whose vectors failed is what `invalid` decides."""
+    profiles = [[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.0, 0.0], [0.5, 0.5]]
+    names = dict(moas=list("xxyyz"), compounds=list("abcde"), batches=["1", "2", "1", "2", "1"])
+    result = not_same_compound(profiles, **names, invalid="wrong", exclude="unanswerable")
+    for prefix in ("nsc", "nscb"):
+        assert (result[f"{prefix}_correct"], result[f"{prefix}_total"]) == (2, 4)
+        assert [query["answerable"] for query in result[f"{prefix}_queries"]] == [True] * 4 + [False]
+        assert result[f"{prefix}_queries"][4]["excluded"] == "no candidate of its MOA"
+    gone = not_same_compound(profiles, **names, invalid="exclude", exclude="unanswerable")
+    assert (gone["nsc_correct"], gone["nsc_total"]) == (2, 2)
+
+
 def check_against_loops(profiles, moas, compounds, batches, plates, options):
     expected = loops(profiles.tolist(), moas, compounds, batches, plates, **options)
     extra = {"plates": plates} if options.get("batch_rule") == "plate" else {}

@@ -93,6 +93,20 @@ def test_the_permutation_null_keeps_compounds_whole_and_skips_left_out_queries()
     assert permutation_null(many)["draws"] == 0
 
 
+def test_the_permutation_null_deals_no_label_of_a_mechanism_that_is_left_out():
+    """As in NSCB: no query of it is scored and no candidate has it, so that none of the scored ones may be given it."""
+    moas, neighbours = list("xxyyzzzz"), [1, 0, 3, 1, 5, 4, 7, 6]
+    many = queries(moas, neighbours)
+    for query in many[4:]:
+        query["excluded"] = "z occurs in one batch"
+    counts = []
+    for labels in itertools.permutations(moas[:4]):
+        counts.append(sum(labels[row] == labels[near] for row, near in enumerate(neighbours[:4])))
+    null = permutation_null(many, draws=20_000)
+    assert null["p_value"] == pytest.approx(np.mean([count >= 3 for count in counts]), abs=0.01)
+    assert null["null_mean"] == pytest.approx(np.mean(counts) / 4, abs=0.01)
+
+
 def test_the_permutation_null_is_of_the_vote_where_several_neighbours_vote():
     moas, neighbours = list("xxyyz"), [[2, 1, 4], [0, 3, 2], [3, 0, 1], [2, 4], [3, 2, 0]]
 

@@ -377,6 +377,19 @@ def not_same_compound(
     def takes_part(excluded):
         return np.array([not reason for reason in (reasons if keep_excluded else excluded)], dtype=bool)
 
+    def answerable_by_labels(different_batch, takes_part):
+        """Which treatments have a candidate of their MOA, whatever became of its vector."""
+        answerable = np.zeros(count, dtype=bool)
+        for code in range(len(moa_names)):
+            own = np.flatnonzero(takes_part & (moa == code))
+            step = max(1, _BLOCK_BYTES // max(1, len(own)))
+            for rows in (own[start : start + step] for start in range(0, len(own), step)):
+                others = compound[rows, None] != compound[None, own]
+                if different_batch is not None:
+                    others &= different_batch(rows, own)
+                answerable[rows] = others.any(axis=1)
+        return answerable
+
     def summary(prefix, excluded, found):
         neighbours, similarities = found.neighbours.tolist(), (unit * found.similarities[:, 0]).tolist()
         candidates, answerable, tied = found.candidates.tolist(), found.answerable.tolist(), found.tied.tolist()
@@ -441,6 +454,9 @@ def not_same_compound(
         scores.append(("nscb", rule.different, excluded_by(exclusion_rule)))
     masks = [(different, takes_part(excluded)) for _, different, excluded in scores]
     found = _search(vectors, metric == "euclidean", moa, compound, usable, masks, int(k), ties)
+    if invalid == "wrong" and not usable.all():
+        for part, mask in zip(found, masks, strict=True):
+            part.answerable = answerable_by_labels(*mask)
     result = {"moas": moa_names}
     for (prefix, _, excluded), part in zip(scores, found, strict=True):
         result.update(summary(prefix, excluded, part))
