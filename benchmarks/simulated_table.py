@@ -96,12 +96,22 @@ CONTROLS = {
 }
 
 
+def check_recipe(place: Path, **recipe) -> None:
+    """Note beside `place` what it is made with; refuse a place that was made with something else."""
+    note, recipe = place.with_name(place.name + ".json"), json.loads(json.dumps(recipe))
+    if not note.exists():
+        note.write_text(json.dumps(recipe) + "\n")
+    elif json.loads(note.read_text()) != recipe:
+        raise SystemExit(f"{place} was made with other settings, which {note} holds: give another --folder.")
+
+
 def make_screen(folder: Path, design: dict, seed: int, **changes) -> Path:
     """The built screen, with a column `shuffled`; made once, by one process."""
     whole = folder.with_name(folder.name + "_as_built")
     raw = folder.with_name(folder.name + "_raw")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(folder.name + ".lock")):
+        check_recipe(folder, seed=seed, **SCREEN, **design, **changes)
         if (folder / "README.md").exists():
             return folder
         simulate_screen(raw, seed=seed, **SCREEN, **design, **changes)
@@ -130,6 +140,7 @@ def run_cell(run: Path, screen: Path, flags: list[str], seed: int) -> None:
 
 
 def _run_cell(run: Path, screen: Path, flags: list[str], seed: int) -> None:
+    check_recipe(run, screen=screen.name, flags=flags)
     if (run / "results.json").exists():
         return
     train = [ROOT / "train_accelerate.py", "--resume", "--output_dir", run, "--dataset", screen, "--seed", seed]

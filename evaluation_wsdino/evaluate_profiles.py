@@ -9,7 +9,8 @@ format            1, raised when a key below changes its meaning
 simulated         true if any field's Metadata_Source says so; sources: the distinct sources
 settings          the run's settings.json as it stands (null without one); versions: of what computed the scores
 protocol          normalization, aggregation, metric, batch_rule, exclude: the words for what was done
-counts            fields, dmso_fields, treatments, scored_treatments, compounds, moas, plates, batches
+counts            fields, dmso_fields, treatments; scored_treatments (those with a mechanism), their compounds and
+                  moas; plates, batches
 sets.<set>        of each profile file: nsc, nscb, nsc_correct, nsc_total, nscb_correct, nscb_total, nscb_excluded, ...
                   (every key of the not_same_compound metric), nsc_wilson, nsc_bootstrap (95 % intervals, treatments
                   taken as independent, and compounds drawn anew), nsc_null (see `permutation_null`), and for nscb;
@@ -127,7 +128,10 @@ def collapse_verdict(lines, num_prototypes=None, untrained_ratio=None):
 def read_metrics(path):
     """The lines of a metrics.jsonl; a last line cut short by a killed run is left out."""
     lines = []
-    text = Path(path).read_text(encoding="utf-8").splitlines()
+    try:
+        text = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ProfileError(f"{path} is not text ({error.reason}): restore it from the training.") from None
     for number, line in enumerate(text, 1):
         if line.strip():
             try:
@@ -199,6 +203,9 @@ def evaluate_set(
     for column in ("Metadata_MOA", "Metadata_Batch"):
         if column not in profiles.columns:
             raise ProfileError(f"The profiles have no column {column}: extract them from a dataset that has it.")
+    batches = profiles["Metadata_Batch"]
+    if (batches.isna() | (batches.astype(str).str.strip() == "")).all():
+        raise ProfileError("No field has a Metadata_Batch: name the batch of every field, one name if there was one.")
     with threadpool_limits(1 if profiles.size < ONE_THREAD_BELOW else None):
         return _evaluate_set(
             profiles, normalizer or TypicalVariationNormalizer(), group_by, unit, details, plot, retrieval, options
@@ -291,9 +298,12 @@ def _features(profiles):
 
 
 def map_treatments(vectors, seed=0):
-    """Two coordinates a row for a picture, and the method: t-SNE by cosine, or PCA below 8 rows and above 5,000."""
+    """Two coordinates a row for a picture, and the method: t-SNE by cosine, or PCA below 8 rows and above 5,000.
+
+    A single column, which t-SNE cannot start from, is PCA's too.
+    """
     count = len(vectors)
-    if count < 8 or count > 5000 or not np.any(vectors):
+    if count < 8 or count > 5000 or vectors.shape[1] < 2 or not np.any(vectors):
         centred = vectors - vectors.mean(axis=0)
         left, singular, _ = np.linalg.svd(centred, full_matrices=False)
         points = np.zeros((count, 2))
@@ -323,13 +333,14 @@ def compare_sets(first, second, prefix):
 
 def _counts(profiles):
     treated = profiles[profiles["Metadata_Compound"] != CONTROL]
-    moas = treated["Metadata_MOA"].fillna("").astype(str)
+    moas = treated["Metadata_MOA"].fillna("").astype(str).str.strip()
+    scored = treated[moas != ""]
     return {
         "fields": len(profiles),
         "dmso_fields": len(profiles) - len(treated),
         "treatments": int(treated["Metadata_Treatment"].nunique()),
-        "scored_treatments": int(treated["Metadata_Treatment"][moas != ""].nunique()),
-        "compounds": int(treated["Metadata_Compound"].nunique()),
+        "scored_treatments": int(scored["Metadata_Treatment"].nunique()),
+        "compounds": int(scored["Metadata_Compound"].nunique()),
         "moas": int(moas[moas != ""].nunique()),
         "plates": int(profiles["Metadata_Plate"].nunique()),
         "batches": int(profiles["Metadata_Batch"].nunique()),
@@ -406,6 +417,8 @@ def _settings(run):
         raise ProfileError(
             f"{path} is not JSON ({error.msg}, line {error.lineno}): restore it from the training."
         ) from None
+    except UnicodeDecodeError as error:
+        raise ProfileError(f"{path} is not text ({error.reason}): restore it from the training.") from None
 
 
 def _finite(value):
@@ -453,8 +466,13 @@ def evaluate_run(run_folder, *, normalizer=None, progress=True, **options):
     arguments = _arguments(run)
     excluded_compounds = arguments.get("exclude_compounds") or []
     notes = []
-    if arguments.get("weak_label") == "moa" and not excluded_compounds:
-        notes.append("Training saw the MOA of every treatment: these scores are those of a training set.")
+    if arguments.get("weak_label") == "moa":
+        notes.append(
+            "Training saw the MOA of every treatment but those of the compounds kept out: all scores but theirs are "
+            "those of a training set."
+            if excluded_compounds
+            else "Training saw the MOA of every treatment: these scores are those of a training set."
+        )
     main_set = "trained" if "trained" in files else order[-1]
     sets, counts, sources = {}, {}, set()
     for name in tqdm(order, desc="Scoring", unit="set", disable=None if progress else True):

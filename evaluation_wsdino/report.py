@@ -8,6 +8,7 @@ import argparse
 import base64
 import io
 import json
+import math
 import os
 from collections import Counter
 from html import escape
@@ -199,6 +200,11 @@ def _table(head, rows, numeric=()):
     return f'<div class="scroll"><table class="plain">{table}</table></div>'
 
 
+def _elsewhere(protocol):
+    """What NSCB asks of a neighbour beside another compound: ("batch", "batches") or ("plate", "plates")."""
+    return ("plate", "plates") if protocol.get("batch_rule") == "plate" else ("batch", "batches")
+
+
 def _headline(runs):
     """The scores of each run's headline set: cards, or above two runs a table, which can be read down a column."""
     if len(runs) > 2:
@@ -214,7 +220,7 @@ def _headline(runs):
         scores = results["sets"][name]
         for prefix, title, what in (
             ("nsc", "NSC", "treatments matched to the right mechanism through another compound"),
-            ("nscb", "NSCB", "the same, through another compound in another batch"),
+            ("nscb", "NSCB", f"the same, through another compound of another {_elsewhere(results['protocol'])[0]}"),
         ):
             label = f"{run['name']}: {title}" if len(runs) > 1 else f"{title}, {name}"
             interval = _interval(scores, prefix)
@@ -432,7 +438,9 @@ def _channel_key(channel):
 
 
 def _is_number(line, field):
-    return isinstance(line.get(field), (int, float)) and isinstance(line.get("step"), (int, float))
+    """A screen of one batch has no NSCB: training logs NaN for it."""
+    values = (line.get(field), line.get("step"))
+    return all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
 
 
 def _epochs_section(runs, fixed=None, prefix="nscb"):
@@ -589,7 +597,9 @@ def _moa_section(runs):
         for prefix in ("nsc", "nscb"):
             scores = _main(run)
             title = f"{run['name']}, {prefix.upper()}" if len(runs) > 1 else prefix.upper()
-            title += ": rows the true mechanism, columns that of the nearest neighbour, numbered alike"
+            k = run["results"]["protocol"].get("k", 1)
+            columns = "that of the nearest neighbour" if k == 1 else f"the vote of its {k} nearest neighbours"
+            title += f": rows the true mechanism, columns {columns}, numbered alike"
             tables.append(confusion_table(scores["moas"], scores[f"{prefix}_confusion"], title))
     parts.append(f'<div class="two">{"".join(tables)}</div>')
     return "".join(parts)
@@ -648,7 +658,8 @@ def _neighbour_section(run, index, several):
         '<button type="button" data-show="miss" aria-pressed="false">missed only</button> '
         '<input type="search" placeholder="search treatments, mechanisms" aria-label="Search"></p>'
         f'<div class="scroll"><table class="plain neighbours" id="{identifier}"><thead><tr><th>Treatment</th>'
-        "<th>Nearest, other compound (NSC)</th><th>Nearest, other compound and batch (NSCB)</th></tr></thead>"
+        "<th>Nearest, other compound (NSC)</th>"
+        f"<th>Nearest, other compound and {_elsewhere(run['results']['protocol'])[0]} (NSCB)</th></tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div></details>"
     )
 
@@ -661,6 +672,8 @@ def _neighbour_cell(query, treatments, thumbnails):
     name = treatments[query["neighbour"]]
     mark = '<span class="ok">✓</span>' if query["correct"] else '<span class="miss">✗</span>'
     note = f"{escape(query['neighbour_moa'])}, {number(query['similarity'])}"
+    if "neighbours" in query:  # the mark is the vote's, which the nearest may have lost
+        note += f"; vote: {escape(query['predicted'])}"
     return _entry(f"{mark} {escape(name)}<br><span class=soft>{note}</span>", thumbnails.get(name))
 
 
@@ -802,11 +815,19 @@ def render_report(runs, window=None):
     notes |= dict.fromkeys(_differing_protocols(runs))
     parts += [f'<p class="banner">{escape(note)}</p>' for note in notes]
     left = all(run["results"]["headline"]["set"] == "trained" for run in runs)
+    protocol = runs[0]["results"]["protocol"]  # of runs that differ in it a banner says so
+    k, (_, elsewhere) = protocol.get("k", 1), _elsewhere(protocol)
     parts.append(
         '<p class="note">'
         + ("The headline is the network as training left it; no epoch was chosen by its score. " if left else "")
-        + "NSC (not same compound) asks whether the treatment most alike, among all other compounds, has the same "
-        "mechanism of action; NSCB asks it of other compounds in other batches, where batch effects cannot help.</p>"
+        + "NSC (not same compound) asks whether "
+        + ("the treatment most alike" if k == 1 else f"the vote of the {k} treatments most alike")
+        + ", among all other compounds, has the same mechanism of action; NSCB asks it of other compounds "
+        + (
+            "in other batches, where batch effects cannot help.</p>"
+            if elsewhere == "batches"
+            else "on other plates, which may be of the same batch.</p>"
+        )
     )
     parts += [text for _, _, text in sections]
     folder = files(__package__)

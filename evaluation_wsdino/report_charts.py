@@ -94,8 +94,10 @@ def line_chart(title, series, x_label="step", band=None, share=False, legend=Fal
             f'<rect class="band" x="{start:.1f}" y="{top}" width="{max(end - start, 1):.1f}" '
             f'height="{height - top - bottom}"><title>{escape(band[2])}</title></rect>'
         )
+    # As many digits as tell neighbours apart, also where the range is narrow against the level.
+    digits = max(3, math.ceil(math.log10(max(map(abs, y_ticks)) / (y_ticks[1] - y_ticks[0]))) + 1)
     for tick in y_ticks:
-        label = percent(tick, 0) if share else number(tick)
+        label = percent(tick, 0) if share else number(tick, digits)
         parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{py(tick):.1f}" y2="{py(tick):.1f}"/>')
         parts.append(f'<text class="tick" x="{left - 6}" y="{py(tick) + 4:.1f}" text-anchor="end">{label}</text>')
     for tick in x_ticks:

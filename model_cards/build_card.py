@@ -108,7 +108,12 @@ def model_card(
         recipe=_recipe_table(settings.get("arguments") or {}),
         selection=_selection_words(settings.get("arguments") or {}),
         monitors=_monitor_words(results.get("training") or {}, channels),
+        notes="".join(f"> **{note}**\n\n" for note in results.get("notes", [])),
         results=_results_table(scores),
+        nearest=f"{votes} nearest neighbours' vote"
+        if (votes := results["protocol"].get("k", 1)) > 1
+        else "nearest neighbour",
+        elsewhere="plate" if results["protocol"].get("batch_rule") == "plate" else "batch",
         protocol="; ".join(
             f"{key.replace('_', ' ')} {value}" for key, value in results["protocol"].items() if value is not None
         ),
@@ -158,6 +163,8 @@ def _eval_results(
 ) -> list[EvalResult]:
     """NSC and NSCB of this model as metadata, where there was anything to score."""
     headline = scores.get(results["headline"]["set"], {})
+    seen = (settings.get("arguments") or {}).get("weak_label") == "moa"
+    about = (["mechanisms seen in training"] if seen else []) + (["simulated data"] if results["simulated"] else [])
     return [
         EvalResult(
             task_type="image-feature-extraction",
@@ -167,7 +174,7 @@ def _eval_results(
             dataset_config=(settings.get("dataset") or {}).get("part"),
             dataset_split="train",
             metric_type="not_same_compound",
-            metric_name=f"{name.upper()}{' (simulated data)' if results['simulated'] else ''}",
+            metric_name=f"{name.upper()} ({', '.join(about)})" if about else name.upper(),
             metric_value=headline[name],
         )
         for name in ("nsc", "nscb")
@@ -258,7 +265,13 @@ def _monitor_words(training: dict, channels: list[str]) -> str:
 def _data_words(results: dict, settings: dict, dataset_id: str | None, dataset_name: str) -> str:
     counts, dataset = results["counts"], settings.get("dataset") or {}
     where = f"[{dataset_id}](https://huggingface.co/datasets/{dataset_id})" if dataset_id else dataset_name
-    trained = f" It was trained on {dataset['fields']:,} fields of its part `{dataset['part']}`." if dataset else ""
+    kept_out = (settings.get("arguments") or {}).get("exclude_compounds") or []
+    trained = (
+        f" It was trained on its part `{dataset['part']}` of {dataset['fields']:,} fields"
+        + (f", without those of {' and '.join(kept_out)}." if kept_out else ".")
+        if dataset
+        else ""
+    )
     return (
         f"{where} (source: {', '.join(results['sources']) or 'not recorded'}).{trained} It was scored on "
         f"{counts['fields']:,} fields, {counts['dmso_fields']:,} of them untreated: {counts['scored_treatments']} "

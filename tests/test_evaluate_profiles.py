@@ -346,7 +346,8 @@ def test_compounds_kept_out_of_training_are_scored_apart(run):
     assert scores["held_out"]["nsc_total"] == len(queries) == 4
     assert scores["held_out"]["nsc_correct"] == sum(q["correct"] for q in queries)
     assert scores["held_out"]["nscb_total"] == 2  # Kinase inhibitors are left out of NSCB
-    assert results["notes"] == []
+    (note,) = results["notes"]
+    assert "but those of the compounds kept out" in note and note in format_table(results)
 
 
 def test_scores_of_a_training_that_saw_the_mechanisms_say_so(run):
@@ -387,6 +388,8 @@ def test_bad_input_ends_with_one_sentence_and_leaves_old_results(run, tmp_path, 
         (lambda frame: frame[frame["Metadata_Compound"] != "DMSO"], "hold 0 DMSO fields"),
         (lambda frame: frame.drop(columns="Metadata_MOA"), "no column Metadata_MOA"),
         (lambda frame: frame.assign(Metadata_MOA=""), "No treated field has a Metadata_MOA"),
+        (lambda frame: frame.assign(Metadata_Batch=""), "No field has a Metadata_Batch"),
+        (lambda frame: frame.assign(Metadata_Batch=None), "No field has a Metadata_Batch"),
         (lambda frame: frame.assign(dna_0000=np.nan), "column dna_0000, is not a finite number"),
     ):
         change(good).to_parquet(path)
@@ -399,6 +402,34 @@ def test_bad_input_ends_with_one_sentence_and_leaves_old_results(run, tmp_path, 
     good.to_parquet(path)
     (run / "settings.json").write_text("{")
     assert "settings.json is not JSON" in stop(run, [], capsys)
+    (run / "settings.json").write_bytes(b'{"arguments": "\xff"}')
+    assert "settings.json is not text" in stop(run, [], capsys)
+    (run / "settings.json").unlink()
+    (run / "dna" / "metrics.jsonl").write_bytes(b'{"step": "\xff"}\n')
+    assert "metrics.jsonl is not text" in stop(run, [], capsys)
+
+
+def test_fields_without_a_mechanism_are_counted_as_fields_alone(run):
+    """As of the part `unannotated`: their compounds are not among those scored."""
+    frame = screen(4.0)
+    none = frame["Metadata_MOA"].isin(["Eg5 inhibitors", "Kinase inhibitors"])
+    frame.loc[none, "Metadata_MOA"] = np.where(frame.loc[none, "Metadata_MOA"] == "Eg5 inhibitors", "", " ")
+    for path in run.glob("profiles/*.parquet"):
+        frame.to_parquet(path)
+    counts = evaluate_run(run, progress=False)["counts"]
+    expected = {"fields": len(frame), "treatments": 24, "scored_treatments": 12, "compounds": 6, "moas": 2}
+    assert {name: counts[name] for name in expected} == expected
+
+
+def test_one_direction_is_drawn_as_one(run):
+    """Two DMSO fields leave whitening a single direction."""
+    frame = screen(4.0)
+    frame = frame[(frame["Metadata_Compound"] != "DMSO") | (frame.groupby("Metadata_Compound").cumcount() < 2)]
+    frame = frame[[column for column in frame if not column.startswith("tubulin")]]
+    for path in run.glob("profiles/*.parquet"):
+        frame.to_parquet(path)
+    scores = evaluate_run(run, progress=False)["sets"]["trained"]
+    assert scores["map_method"] == "PCA" and np.shape(scores["map"]) == (24, 2)
 
 
 def test_results_are_strict_json(run):

@@ -219,6 +219,30 @@ def test_runs_scored_by_different_protocols_are_not_compared_in_silence(runs):
     assert "The runs were scored differently (batch_rule: median, disjoint)" in text
 
 
+def test_words_follow_the_protocol(runs):
+    """Another plate of the same batch is not another batch, and the vote of five is not the nearest one."""
+    run = load_run(runs[0], dataset=False)
+    plain = Page(render_report([run])).text
+    assert "in other batches, where batch effects cannot help" in plain and "other compound and batch (NSCB)" in plain
+    run["results"]["protocol"] |= {"batch_rule": "plate", "k": 5}
+    query = run["results"]["sets"]["trained"]["nsc_queries"][0]
+    query |= {"neighbours": [query["neighbour"], 1, 2], "predicted": "DNA damage"}
+    text = Page(render_report([run])).text
+    assert "on other plates, which may be of the same batch" in text and "other compound and plate (NSCB)" in text
+    assert "in other batches" not in text and "another batch" not in text
+    assert "columns the vote of its 5 nearest neighbours" in text and "that of the nearest neighbour" not in text
+    assert "the vote of the 5 treatments most alike" in text and "vote: DNA damage" in text
+
+
+def test_a_score_that_is_not_a_number_is_no_point_of_a_curve(tmp_path):
+    """Of a screen of a single batch, which has no NSCB, training logs NaN."""
+    folder = make_run(tmp_path / "run")
+    log = folder / "dna" / "metrics.jsonl"
+    log.write_text(re.sub(r'"nscb": [0-9.]+', '"nscb": NaN', log.read_text()))
+    text = Page(render_report([load_run(folder, dataset=False)])).text
+    assert "dna" in text and "nan" not in text.lower().split()
+
+
 def test_numbers_do_not_part_from_their_per_cent_sign(runs):
     text = render_report([load_run(folder, dataset=False) for folder in runs])
     assert not re.search(r"\d %", re.sub(r"<(title|style|script)\b.*?</\1>", "", text, flags=re.DOTALL))
@@ -376,6 +400,12 @@ def test_a_line_chart_names_the_place_of_a_single_point_and_fits_its_numbers():
     assert ">12</text>" in text
     label = re.search(r'<text class="tick" x="(\d+)" y="[^"]+" text-anchor="end">([\d.]{7})</text>', text)
     assert float(label[1]) >= 6.9 * 7  # eleven pixels high, a digit is 6.9 wide in the widest of common fonts
+
+
+def test_ticks_of_a_narrow_range_are_told_apart():
+    text = line_chart("Entropy", [("dna", [0, 1], [11.0, 11.1], "#000", "solid")])
+    labels = re.findall(r'text-anchor="end">([^<]+)</text>', text)
+    assert [float(label) for label in labels] == ticks(11.0, 11.1, 4) and len(set(labels)) == len(labels)
 
 
 def test_a_line_chart_places_points_by_a_plain_rule():

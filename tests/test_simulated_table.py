@@ -139,6 +139,24 @@ def test_the_figure_has_a_dot_a_seed_at_its_score(tmp_path):
     assert [round((dot - lines["0"]) / full, 3) for dot in dots[2:]] == [0.3, 0.5]
 
 
+def test_a_folder_is_not_gone_on_with_under_other_settings(tmp_path):
+    """A finished cell or screen would be taken for one of the settings asked for."""
+    design = {"scale": 0.3125}
+    (tmp_path / "screen").mkdir()
+    (tmp_path / "screen" / "README.md").write_text("made")
+    assert simulated_table.make_screen(tmp_path / "screen", design, 0, nuisance=1.0) == tmp_path / "screen"
+    assert simulated_table.make_screen(tmp_path / "screen", design, 0, nuisance=1.0) == tmp_path / "screen"
+    for seed, nuisance in ((1, 1.0), (0, 0.5)):
+        with pytest.raises(SystemExit, match="screen was made with other settings"):
+            simulated_table.make_screen(tmp_path / "screen", design, seed, nuisance=nuisance)
+    write_results(tmp_path, "dino", 0, 4)
+    run, screen = tmp_path / "dino" / "seed_0", tmp_path / "screen"
+    simulated_table.run_cell(run, screen, ["--epochs", "2"], 0)
+    simulated_table.run_cell(run, screen, ["--epochs", "2"], 0)
+    with pytest.raises(SystemExit, match="seed_0 was made with other settings"):
+        simulated_table.run_cell(run, screen, ["--epochs", "3"], 0)
+
+
 def test_real_results_and_nothing_are_refused(tmp_path):
     with pytest.raises(SystemExit, match="holds no results.json"):
         simulated_table.main(["--folder", str(tmp_path), "--report"])
