@@ -71,7 +71,7 @@ class PeakMemory:
 
     def watch(self):
         while self.running:
-            self.peak = max(self.peak, self.now())
+            self.peak = max(self.peak, self.now() - self.before)
             time.sleep(0.05)
 
 

@@ -6,9 +6,10 @@ Parquet on all cores, and `BBBC021(...).download_and_prepare()` builds into the 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import datasets
@@ -160,6 +161,24 @@ class RawScreen:
     def plate_fields(self, plate: str) -> pd.DataFrame:
         return self.fields[self.fields["plate"] == plate]
 
+    @property
+    def recipe(self) -> dict:
+        """The settings that the dataset's planes depend on."""
+        return {"preprocessing": asdict(self.preprocessing), "channels": self.channels, "source": self.source}
+
+    def digest(self, fields: pd.DataFrame) -> str:
+        """sha256 of the recipe, of some fields' rows of the table, and of their files' sizes and times.
+
+        An image that came or changed since gives another: what was built of the fields before is then out of date.
+        """
+        states = [
+            (state.st_size, state.st_mtime_ns)
+            for channel in self.channels
+            for file in fields[f"{channel}_file"]
+            if not self.to_come and (path := find_file(self.raw, file)) and (state := path.stat())
+        ]
+        return hashlib.sha256(json.dumps([self.recipe, states]).encode() + fields.to_csv().encode()).hexdigest()
+
 
 def natural_key(name: str) -> list:
     """Sorts numbers inside names by value."""
@@ -168,9 +187,12 @@ def natural_key(name: str) -> list:
 
 @dataclass
 class ScreenConfig(datasets.BuilderConfig):
-    """Configuration of :class:`BBBC021`: the name is a part ("annotated", "dmso", "unannotated") or "all"."""
+    """Configuration of :class:`BBBC021`: the name is a part ("annotated", "dmso", "unannotated") or "all".
 
-    screen: RawScreen | None = None
+    The digest of the screen's fields names the cache.
+    """
+
+    digest: str = ""
 
 
 class BBBC021(datasets.GeneratorBasedBuilder):
@@ -190,7 +212,7 @@ class BBBC021(datasets.GeneratorBasedBuilder):
                 raise ScreenError("give the folder of raw images: BBBC021(raw=...), or a RawScreen")
             screen = RawScreen(**known)
         self.screen = screen
-        super().__init__(cache_dir=cache_dir, config_name=config_name, screen=screen, **kwargs)
+        super().__init__(cache_dir=cache_dir, config_name=config_name, digest=screen.digest(screen.fields), **kwargs)
 
     def _info(self):
         official = self.screen.source == "BBBC021v1"

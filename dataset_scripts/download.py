@@ -87,7 +87,7 @@ class Downloader:
         """Fetch one file unless a copy that agrees with the manifest is there.
 
         One that the manifest does not know, and that `check` can judge, counts as received so far: it may have been
-        brought by hand.
+        brought by hand. Any other copy stays until the new one is whole.
 
         Parameters
         ----------
@@ -97,14 +97,10 @@ class Downloader:
             Raises `ValueError` or `zipfile.BadZipFile` for bad content, which is then fetched again.
         """
         target = self.folder / name
-        if target.is_file():
-            known = self.known(name)
-            if known is not None and known == _digest(target):
-                return target
-            if known is None and check is not None:
-                os.replace(target, self._partial(name))
-            else:
-                target.unlink()
+        if self.holds(name):
+            return target
+        if target.is_file() and self.known(name) is None and check is not None:
+            os.replace(target, self._partial(name))
         problem = "no answer"
         for attempt in range(self.attempts):
             if attempt:
@@ -148,6 +144,10 @@ class Downloader:
         """Size and sha256 of a file as first fetched."""
         with self._lock:
             return self._hashes().get(name)
+
+    def holds(self, name: str) -> bool:
+        """Whether the file is there as it was first fetched."""
+        return (self.folder / name).is_file() and self.known(name) == _digest(self.folder / name)
 
     def _partial(self, name: str) -> Path:
         return self.folder / f"{name}.partial"

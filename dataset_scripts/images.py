@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from typing import BinaryIO
 
@@ -41,7 +42,10 @@ def read_image(source: str | BinaryIO, name: str) -> tuple[np.ndarray, str]:
         with opened as image:
             if image.width * image.height > MAX_PIXELS:  # known from the header: nothing is decoded yet
                 raise ScreenError(too_large)
-            if (count := getattr(image, "n_frames", 1)) > 1:  # of which the first alone would be read
+            # Of a stack the first plane alone would be read. ImageJ describes large ones in one directory.
+            description = str(getattr(image, "tag_v2", {}).get(270, ""))
+            told = description.startswith("ImageJ=") and re.search(r"^images=(\d{1,9})", description, re.MULTILINE)
+            if (count := max(getattr(image, "n_frames", 1), int(told[1]) if told else 1)) > 1:
                 raise ScreenError(f"{name} holds {count} images: give one file a channel and field")
             mode = image.mode
             plane = np.asarray(image)

@@ -18,7 +18,7 @@ import shutil
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -108,8 +108,9 @@ def build_dataset(
         Text of the column `source`; default: what the simulator wrote, "BBBC021v1", or the folder's name for columns
         of another screen.
     download : bool
-        Fetch tables and plate archives first. A plate is fetched, built and its raw images deleted before many others
-        are fetched, so the disk holds a few raw plates at a time.
+        Fetch tables and plate archives first. A table that is given, or there already, is used as it is. A plate is
+        fetched, built and its raw images deleted before many others are fetched, so the disk holds a few raw plates
+        at a time.
     base_url : str
         Folder of the tables and archives.
     downloads : int
@@ -138,19 +139,20 @@ def build_dataset(
         raise ScreenError(f"downloads is {downloads}: give 1 or more archives at a time")
     if plates is not None and not plates:
         raise ScreenError("plates names none: name at least one, or leave it out for all")
+    columns = columns or ScreenColumns()
     downloader, fetched = None, 0
     if download:
         downloader = Downloader(base_url, raw)
-        for name in TABLES:
-            # The compound table is of no use here, and some copies of the screen lack it.
-            if name != "BBBC021_v1_compound.csv" or downloader.sizes([name])[name] is not None:
-                downloader.fetch(name)
+        wanted = (image_csv, columns.image_columns()), (moa_csv, columns.moa_table), (None, ())
+        for name, (given, header) in zip(TABLES, wanted, strict=True):
+            if given is None or not Path(given).is_file():
+                _fetch_table(downloader, name, header, progress)
     preprocessing = Preprocessing(illumination, filter_size, border, resize, interpolation, bits=bits)
     screen = RawScreen(
         raw,
         image_csv and Path(image_csv),
         moa_csv and Path(moa_csv),
-        columns or ScreenColumns(),
+        columns,
         preprocessing,
         allow_missing,
         plates,
@@ -160,11 +162,10 @@ def build_dataset(
     )
     if illumination:
         _check_illumination_names(screen)
-    recipe = {"preprocessing": asdict(preprocessing), "channels": screen.channels, "source": screen.source}
-    work = output / ".build"
-    _open_output(output, work, recipe, screen.plate_names())
+    recipe, work = screen.recipe, output / ".build"
     with _alone(output, work):
-        tasks = _plate_tasks(screen, output, recipe)
+        _open_output(output, work, recipe, screen.plate_names())
+        tasks = _plate_tasks(screen, output)
         done = {task.plate for task in tasks if _plate_done(task)}
         todo = [task for task in tasks if task.plate not in done]
         if progress and done:
@@ -174,7 +175,7 @@ def build_dataset(
                 if _unpacked(downloader, plate).is_dir():  # an earlier run was stopped before it deleted them
                     _delete_raw(downloader, plate, keep_raw)
             todo, absent, fetched = _check_archives(
-                downloader, todo, allow_missing, keep_raw, workers, downloads, progress
+                downloader, todo, output, allow_missing, keep_raw, workers, downloads, progress
             )
             tasks = [task for task in tasks if task.plate not in absent]
             if not tasks:
@@ -203,6 +204,32 @@ def build_dataset(
             _report(output, screen, records, counts)
 
 
+def _fetch_table(downloader: Downloader, name: str, columns, progress: bool) -> None:
+    """Fetch a table of these columns, unless one is there: it may be the user's own, or edited."""
+    for path in (downloader.folder / name, downloader.folder / f"{name}.gz"):
+        if path.is_file():
+            if progress and not downloader.holds(name):
+                print(f"{path} is not as fetched from {downloader.base_url}, and used as it is: remove it to fetch it")
+            return
+    # The compound table is of no use here, and some copies of the screen lack it.
+    if name == "BBBC021_v1_compound.csv" and downloader.sizes([name])[name] is None:
+        return
+
+    def check(partial: Path) -> None:
+        """Refuse, before its hash is remembered, a page that a network's login or a proxy answers with."""
+        try:
+            header = list(pd.read_csv(partial, nrows=0))
+        except ValueError:
+            header = []
+        if not header or header[0].startswith("<") or not set(columns) <= set(header):
+            raise ScreenError(
+                f"{downloader.base_url}{name} is not that table (its header is {', '.join(header)[:60]!r}): log in to "
+                "the network if it wants that, or check --base_url and --columns"
+            )
+
+    downloader.fetch(name, check)
+
+
 def _illumination_name(plate: str, channel: str) -> str:
     return f"illumination/{plate}_{channel}.png"
 
@@ -221,26 +248,17 @@ def _check_illumination_names(screen) -> None:
                 )
 
 
-def _plate_tasks(screen, output: Path, recipe: dict) -> list[PlateTask]:
+def _plate_tasks(screen, output: Path) -> list[PlateTask]:
     tasks = []
     for plate in screen.plate_names():
         fields = screen.plate_fields(plate)
-        # The raw files' sizes and times, too: an image that came or changed since makes the plate anew.
-        states = [
-            (state.st_size, state.st_mtime_ns)
-            for channel in screen.channels
-            for file in fields[f"{channel}_file"]
-            if not screen.to_come and (path := find_file(screen.raw, file)) and (state := path.stat())
-        ]
-        known = json.dumps([recipe, states]).encode() + fields.to_csv().encode()
-        digest = hashlib.sha256(known).hexdigest()
         targets = {part: f"data/{part}/{plate}.parquet" for part in PARTS if (fields["part"] == part).any()}
         tasks.append(
             PlateTask(
                 plate,
                 fields,
                 targets,
-                digest,
+                screen.digest(fields),
                 screen.raw,
                 output,
                 screen.channels,
@@ -255,13 +273,8 @@ def _plate_tasks(screen, output: Path, recipe: dict) -> list[PlateTask]:
 
 
 def _open_output(output: Path, work: Path, recipe: dict, plates: list[str]) -> None:
-    """Accept a new folder, one of an interrupted build, or a finished dataset that this program wrote."""
-    if output.exists() and not output.is_dir():
-        raise ScreenError(f"{output} is a file: give a folder for the dataset")
-    finished, begun = output / "build.json", work / "recipe"
-    if output.exists() and any(output.iterdir()) and not begun.is_file() and not finished.is_file():
-        raise ScreenError(f"{output} holds something else than a dataset of this program: choose another folder")
-    records = []
+    """Accept a new folder, or the same dataset, finished or interrupted; and note that a build of it has begun."""
+    finished, begun, records = output / "build.json", work / "recipe", []
     try:
         if begun.is_file():
             before = json.loads(begun.read_text())
@@ -286,7 +299,6 @@ def _open_output(output: Path, work: Path, recipe: dict, plates: list[str]) -> N
             f"{output} holds plate {others[0]}, which is not among the plates to build now: name it too (--plates), "
             "or choose another folder"
         )
-    work.mkdir(parents=True, exist_ok=True)
     for record in records:
         _write_json(work / f"{record['plate']}.json", record)
     _write_json(begun, recipe)
@@ -294,7 +306,13 @@ def _open_output(output: Path, work: Path, recipe: dict, plates: list[str]) -> N
 
 @contextmanager
 def _alone(output: Path, work: Path):
-    """Hold a dataset folder while it is built: two builds at once would write the same files."""
+    """Hold a dataset folder, new or of this program, while it is built: two builds would write the same files."""
+    if output.exists() and not output.is_dir():
+        raise ScreenError(f"{output} is a file: give a folder for the dataset")
+    ours = (output / "build.json").is_file() or (work / "recipe").is_file()
+    if not ours and output.exists() and any(path != work for path in output.iterdir()):
+        raise ScreenError(f"{output} holds something else than a dataset of this program: choose another folder")
+    work.mkdir(parents=True, exist_ok=True)
     lock = FileLock(work / "lock")
     try:
         lock.acquire(timeout=0)
@@ -304,6 +322,10 @@ def _alone(output: Path, work: Path):
         ) from error
     try:
         yield
+    except BaseException:
+        if not (work / "recipe").is_file():  # refused before it began
+            shutil.rmtree(work, ignore_errors=True)
+        raise
     finally:
         lock.release()
 
@@ -560,7 +582,7 @@ def _unpacked(downloader: Downloader, plate: str) -> Path:
     return downloader.folder / "plates" / plate
 
 
-def _check_archives(downloader, tasks, allow_missing, keep_raw, workers, downloads, progress):
+def _check_archives(downloader, tasks, output, allow_missing, keep_raw, workers, downloads, progress):
     """Ask for every archive's size, say what is needed, and leave out plates that the server lacks."""
     names = {task.plate: archive_name(task.plate) for task in tasks}
     sizes = downloader.sizes(list(names.values()))
@@ -578,20 +600,28 @@ def _check_archives(downloader, tasks, allow_missing, keep_raw, workers, downloa
     fetched = sum(sizes[names[task.plate]] for task in todo)
     at_once = min(_worker_count(workers, todo) + downloads, len(todo))
     # A guess on the safe side: unpacked TIFFs take twice their archive, and the halved, compressed planes of the
-    # dataset less than half of it.
-    needed = int(at_once * largest * 3 + fetched * 0.5 + (fetched if keep_raw else 0))
-    free = shutil.disk_usage(downloader.folder).free
+    # dataset less than half of it. Both folders may be on one disk.
+    shares = {}
+    for folder, share in (
+        (downloader.folder, at_once * largest * 3 + (fetched if keep_raw else 0)),
+        (output, fetched * 0.5),
+    ):
+        shares.setdefault(folder.stat().st_dev, [folder, 0])[1] += share
+    disks = [(folder, needed / 1e9, shutil.disk_usage(folder).free / 1e9) for folder, needed in shares.values()]
     if progress:
+        said = " and ".join(
+            f"about {needed:,.2f} GB at {folder} (free {free:,.2f} GB)" for folder, needed, free in disks
+        )
         print(
-            f"{len(todo)} plates to fetch from {downloader.base_url}: {fetched / 1e9:,.2f} GB; disk space needed "
-            f"about {needed / 1e9:,.2f} GB ({at_once} raw plates at a time), free {free / 1e9:,.2f} GB"
-            + (f"; {len(absent)} plates are absent there" if absent else "")
+            f"{len(todo)} plates to fetch from {downloader.base_url}, {at_once} at a time: {fetched / 1e9:,.2f} GB; "
+            f"disk space needed {said}" + (f"; {len(absent)} plates are absent there" if absent else "")
         )
-    if needed > free:
-        raise ScreenError(
-            f"{downloader.folder} has {free / 1e9:,.2f} GB free and about {needed / 1e9:,.2f} GB are needed: "
-            "free some, give another folder, or fetch fewer plates at a time (--plates, --downloads, --workers)"
-        )
+    for folder, needed, free in disks:
+        if needed > free:
+            raise ScreenError(
+                f"{folder} has {free:,.2f} GB free and about {needed:,.2f} GB are needed: free some, give another "
+                "folder, or fetch fewer plates at a time (--plates, --downloads, --workers)"
+            )
     return todo, absent, fetched
 
 
@@ -660,7 +690,11 @@ def main(argv=None) -> None:
     )
     parser.add_argument("--bits", type=int, default=16, choices=(8, 16), help="of the raw images (default: 16)")
     parser.add_argument("--plates", help="build only these, separated by commas")
-    parser.add_argument("--download", action="store_true", help="fetch the tables and plate archives to --raw first")
+    parser.add_argument(
+        "--download",
+        action="store_true",
+        help="fetch the plate archives to --raw first, and the tables unless given or there",
+    )
     parser.add_argument("--base_url", default=BBBC021_URL, help="folder of the archives (default: %(default)s)")
     parser.add_argument("--downloads", type=int, default=3, help="archives fetched at a time (default: %(default)s)")
     parser.add_argument("--keep_raw", action="store_true", help="keep the fetched archives")

@@ -13,12 +13,14 @@ import re
 import warnings
 import zlib
 from dataclasses import dataclass, field
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 PARTS = ("annotated", "dmso", "unannotated")
+NO_MECHANISM = ("NA", "N/A", "NaN", "nan", "None", "null", "<NA>")  # as R, pandas and others write an empty cell
 
 MOST_BYTES = 1_000_000_000  # of a table, unpacked: 300 times BBBC021's; a larger .gz is a bomb
 MOST_WHOLE = 2**31 - 1  # of a site, a replicate, a number of the source: the dataset's columns are int32
@@ -42,7 +44,8 @@ class ScreenColumns:
         Column names. Without a site column the site is read from the first channel's file name by `site_pattern`;
         without a replicate column the replicate is 1.
     moa : str or None
-        Column of the mechanism in the image table itself, for a screen without a separate MOA table.
+        Column of the mechanism in the image table itself, for a screen without a separate MOA table. NA, N/A, NaN,
+        nan, None, null and <NA> count as empty, here and in the MOA table.
     batch : str or None
         Column of the batch; without one, the first group of `batch_pattern` in the plate's name.
     table, image : str or None
@@ -81,8 +84,9 @@ class ScreenColumns:
         try:
             content = json.loads(Path(path).read_text())
             channels = content.pop("channels")
-            pairs = {name: (each, None) if isinstance(each, str) else tuple(each) for name, each in channels.items()}
-            content["moa_table"] = tuple(content.get("moa_table", cls.moa_table))
+            pairs = {name: tuple(each) if isinstance(each, list) else (each, None) for name, each in channels.items()}
+            if isinstance(content.get("moa_table"), list):
+                content["moa_table"] = tuple(content["moa_table"])
             columns = cls(channels=pairs, **content)
         except FileNotFoundError as error:
             raise ScreenError(f"column mapping {path} does not exist: give the path of a JSON file") from error
@@ -96,7 +100,22 @@ class ScreenColumns:
         named += [pair[1] is None or isinstance(pair[1], str) for pair in columns.channels.values() if len(pair) == 2]
         if not named or not all(named):
             raise ScreenError(f"{path}: each channel needs a file column, or a pair of file and folder column")
+        for each in dataclass_fields(cls):
+            value, optional = getattr(columns, each.name), each.type == "str | None"
+            if each.type.startswith("str") and not isinstance(value, str) and not (optional and value is None):
+                raise ScreenError(f"{path}: {each.name!r} is {value!r}: give a text{', or null' * optional}")
+        named = columns.moa_table
+        if not (isinstance(named, tuple) and len(named) == 3 and all(isinstance(name, str) for name in named)):
+            raise ScreenError(
+                f"{path}: 'moa_table' is {named!r}: give three column names, of compound, concentration and mechanism"
+            )
         return columns
+
+    def image_columns(self) -> list[str]:
+        """The columns that the image table must have."""
+        wanted = [self.plate, self.well, self.compound, self.concentration]
+        wanted += [c for c in (self.site, self.replicate, self.moa, self.batch) if c]
+        return wanted + [c for pair in self.channels.values() for c in pair if c]
 
 
 def treatment_name(compound: str, concentration: float) -> str:
@@ -125,16 +144,14 @@ def read_screen(image_csv, moa_csv=None, columns: ScreenColumns | None = None) -
     Raises
     ------
     ScreenError
-        Missing file or column, a value that cannot be read, two rows naming the same file or the same site, a
-        treatment of two mechanisms, or an annotated treatment that no image shows.
+        Missing file or column, a value that cannot be read, two rows naming the same file or the same site, a plate
+        of two batches, a well of two treatments, a treatment of two mechanisms, or an annotated treatment that no
+        image shows.
     """
     columns = columns or ScreenColumns()
     image_csv = Path(image_csv)
     raw = _read_csv(image_csv, "image table")
-    wanted = [columns.plate, columns.well, columns.compound, columns.concentration]
-    wanted += [c for c in (columns.site, columns.replicate, columns.moa, columns.batch) if c]
-    wanted += [c for pair in columns.channels.values() for c in pair if c]
-    _require(raw, wanted, image_csv)
+    _require(raw, columns.image_columns(), image_csv)
     if raw.empty:
         raise ScreenError(f"{image_csv} has a header but no rows: give the table of a screen with images")
 
@@ -188,15 +205,6 @@ def read_screen(image_csv, moa_csv=None, columns: ScreenColumns | None = None) -
             )
         name = f"{file_column} by site_pattern"
         fields["site"] = _whole(found.to_frame(name), name, image_csv)
-    twice = fields.index[fields.duplicated(["plate", "well", "site"], keep=False)]
-    if len(twice):
-        plate, well, site = fields.loc[twice[0], ["plate", "well", "site"]]
-        same = (fields["plate"] == plate) & (fields["well"] == well) & (fields["site"] == site)
-        rows = " and ".join(str(row) for row in fields["row"][same][:2])
-        raise ScreenError(
-            f"{image_csv}: lines {rows} are both site {site} of well {well} of plate {plate}: number the sites of a "
-            "well, and keep one plane of a focus stack"
-        )
     fields["replicate"] = _whole(raw, columns.replicate, image_csv) if columns.replicate else 1
     if columns.batch:
         fields["batch"] = _text(raw, columns.batch, image_csv)
@@ -215,7 +223,21 @@ def read_screen(image_csv, moa_csv=None, columns: ScreenColumns | None = None) -
     fields["treatment"] = [
         treatment_name(*pair) for pair in zip(fields["compound"], fields["concentration"], strict=True)
     ]
-    fields["moa"] = _text(raw, columns.moa, image_csv, empty=True) if columns.moa else ""
+    # Plates 1, 2, 3 of every batch would be merged, and corrected for illumination as one.
+    mend = "give plates names of their own, such as batch_plate"
+    _refuse_two(fields, ["plate"], "batch", "the batch of plate {plate!r}", mend, image_csv)
+    what = "the treatment of well {well!r} of plate {plate!r}"
+    _refuse_two(fields, ["plate", "well"], "treatment", what, f"{mend}, or a well one treatment", image_csv)
+    twice = fields.index[fields.duplicated(["plate", "well", "site"], keep=False)]
+    if len(twice):
+        plate, well, site = fields.loc[twice[0], ["plate", "well", "site"]]
+        same = (fields["plate"] == plate) & (fields["well"] == well) & (fields["site"] == site)
+        rows = " and ".join(str(row) for row in fields["row"][same][:2])
+        raise ScreenError(
+            f"{image_csv}: lines {rows} are both site {site} of well {well} of plate {plate}: number the sites of a "
+            "well, and keep one plane of a focus stack"
+        )
+    fields["moa"] = _text(raw, columns.moa, image_csv, empty=True, none=NO_MECHANISM) if columns.moa else ""
     if moa_csv is not None:
         known = read_mechanisms(moa_csv, columns)
         absent = sorted(set(known) - set(fields["treatment"]) - {"DMSO"})
@@ -226,13 +248,7 @@ def read_screen(image_csv, moa_csv=None, columns: ScreenColumns | None = None) -
             )
         fields["moa"] = fields["treatment"].map(known).fillna("")
     fields.loc[control, "moa"] = "DMSO"
-    first = fields.groupby("treatment")["moa"].transform("first")
-    if (other := fields["moa"] != first).any():
-        i = int(other.idxmax())
-        raise ScreenError(
-            f"{image_csv}, line {fields['row'][i]}: {fields['treatment'][i]!r} is {fields['moa'][i]!r} here and "
-            f"{first[i]!r} above: keep one"
-        )
+    _refuse_two(fields, ["treatment"], "moa", "{treatment!r}", "keep one", image_csv)
     fields["part"] = np.where(control, "dmso", np.where(fields["moa"] == "", "unannotated", "annotated"))
     return fields
 
@@ -249,7 +265,7 @@ def read_mechanisms(moa_csv, columns: ScreenColumns | None = None) -> dict[str, 
         treatment_name("DMSO" if name == columns.control else name, dose)
         for name, dose in zip(names, doses, strict=True)
     ]
-    mechanisms = _text(table, moa, moa_csv)
+    mechanisms = _text(table, moa, moa_csv, none=NO_MECHANISM)
     known: dict[str, str] = {}
     for line, (treatment, mechanism) in enumerate(zip(treatments, mechanisms, strict=True), start=2):
         if known.setdefault(treatment, mechanism) != mechanism:
@@ -292,10 +308,24 @@ def _require(table: pd.DataFrame, columns, path) -> None:
             )
 
 
-def _text(table: pd.DataFrame, column: str, path, empty: bool = False) -> pd.Series:
+def _refuse_two(fields: pd.DataFrame, keys: list[str], name: str, what: str, mend: str, path) -> None:
+    """Refuse two values of the column `name` for one of the columns `keys`."""
+    first = fields.groupby(keys)[name].transform("first")
+    if (other := fields[name] != first).any():
+        i = other.idxmax()
+        row = fields.loc[i]
+        raise ScreenError(
+            f"{path}, line {row['row']}: {what.format(**row)} is {row[name]!r} here and {first[i]!r} above: {mend}"
+        )
+
+
+def _text(table: pd.DataFrame, column: str, path, empty: bool = False, none: tuple[str, ...] = ()) -> pd.Series:
+    """Stripped text; what stands in `none` counts as empty, which is refused unless `empty`."""
     text = table[column].astype(str).str.strip()
+    text = text.mask(text.isin(none), "")
     if not empty and (text == "").any():
-        raise ScreenError(f"{path}, line {int((text == '').idxmax()) + 2}: column {column!r} is empty: fill it in")
+        line = int((text == "").idxmax()) + 2
+        raise ScreenError(f"{path}, line {line}: column {column!r} is empty: fill it in, or take the line out")
     return text.astype(object)
 
 

@@ -429,16 +429,15 @@ def _run(function, tasks, workers, progress, what) -> None:
     if workers is None:
         # Starting processes costs more than drawing a small screen.
         workers = usable_cores() if len(tasks) >= 100 else 1
-    bar = tqdm(total=len(tasks), desc=what, disable=not progress, mininterval=0.5)
-    if workers == 1:
-        for task in tasks:
-            function(task)
-            bar.update()
-    else:
-        with process_pool(workers) as pool:
-            for _ in pool.map(function, tasks, chunksize=4):
+    with tqdm(total=len(tasks), desc=what, disable=not progress, mininterval=0.5) as bar:
+        if workers == 1:
+            for task in tasks:
+                function(task)
                 bar.update()
-    bar.close()
+        else:
+            with process_pool(workers) as pool:
+                for _ in pool.map(function, tasks, chunksize=4):
+                    bar.update()
 
 
 def _write_tables(folder: Path, wells: list[dict], rng: np.random.Generator) -> None:

@@ -1,17 +1,20 @@
 """Fetching plate archives from a local server that behaves as badly as real ones do."""
 
+import gzip
 import hashlib
 import http.server
 import json
+import os
 import shutil
 import threading
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from datasets import load_dataset
 
-from dataset_scripts.download import Downloader, archive_name, check_archive, extract_archive
+from dataset_scripts.download import TABLES, Downloader, archive_name, check_archive, extract_archive
 from dataset_scripts.prepare import build_dataset, main
 from dataset_scripts.screen import ScreenError
 from dataset_scripts.simulate import simulate_screen
@@ -311,6 +314,64 @@ def test_a_table_brought_by_hand_is_fetched_whole(server, tmp_path):
     assert path.read_bytes() == (server.folder / path.name).read_bytes()
 
 
+IMAGE_TABLE, MOA_TABLE = TABLES[:2]
+
+
+@pytest.mark.parametrize("kind", ["brought by hand", "edited since", "compressed"])
+def test_a_user_s_own_table_is_kept_and_said(server, raw, tmp_path, capsys, kind):
+    arguments = dict(download=True, base_url=server.url, plates=plates_of(raw)[:1], illumination=False)
+    (tmp_path / "raw").mkdir()
+    if kind == "edited since":
+        build_dataset(tmp_path / "raw", tmp_path / "before", progress=False, **arguments)
+    own = (server.folder / MOA_TABLE).read_bytes() + b"DMSO,0,DMSO\n"
+    table = tmp_path / "raw" / MOA_TABLE
+    if kind == "compressed":
+        own, table = gzip.compress(own), tmp_path / "raw" / f"{MOA_TABLE}.gz"
+    table.write_bytes(own)
+    server.requests.clear()
+    build_dataset(tmp_path / "raw", tmp_path / "out", **arguments)
+    assert table.read_bytes() == own and MOA_TABLE not in [name for name, _ in server.requests]
+    said = capsys.readouterr().out
+    assert f"{table} is not as fetched from {server.url}, and used as it is: remove it to fetch it" in said
+    assert f"{IMAGE_TABLE} is not as fetched" not in said
+
+
+def test_a_table_is_replaced_only_by_a_whole_one(server, tmp_path):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / MOA_TABLE).write_text("mine")
+    server.faults[MOA_TABLE] = ["dropped"] * 2
+    with pytest.raises(ScreenError, match="could not be fetched in 2 attempts"):
+        fetcher(server, tmp_path / "raw", attempts=2).fetch(MOA_TABLE)
+    assert (tmp_path / "raw" / MOA_TABLE).read_text() == "mine"
+
+
+def test_a_table_whose_path_is_given_is_not_fetched(server, raw, tmp_path):
+    (server.folder / IMAGE_TABLE).unlink()
+    (server.folder / MOA_TABLE).unlink()
+    build_dataset(
+        tmp_path / "raw", tmp_path / "out", image_csv=raw / IMAGE_TABLE, moa_csv=raw / MOA_TABLE, download=True,
+        base_url=server.url, plates=plates_of(raw)[:1], illumination=False, progress=False,
+    )  # fmt: skip
+    assert not {IMAGE_TABLE, MOA_TABLE} & {path.name for path in (tmp_path / "raw").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("name", "page"),
+    [(name, "\n<!DOCTYPE html><title>Please log in</title>") for name in TABLES]
+    + [(IMAGE_TABLE, ""), (MOA_TABLE, "compound\n")],
+)
+def test_a_page_that_answers_for_a_table_is_not_remembered(server, raw, tmp_path, name, page):
+    arguments = dict(download=True, base_url=server.url, plates=plates_of(raw)[:1], illumination=False, progress=False)
+    good = (server.folder / name).read_text()
+    (server.folder / name).write_text(page)
+    with pytest.raises(ScreenError, match=f"{server.url}{name} is not that table .*: log in.* or check --base_url"):
+        build_dataset(tmp_path / "raw", tmp_path / "out", **arguments)
+    assert not list((tmp_path / "raw").glob(f"{name}*"))
+    (server.folder / name).write_text(good)
+    build_dataset(tmp_path / "raw", tmp_path / "out", **arguments)
+    assert (tmp_path / "raw" / name).read_text() == good
+
+
 @pytest.mark.parametrize("keep_raw", [False, True])
 def test_raw_images_that_an_interruption_left_are_deleted(server, raw, tmp_path, keep_raw):
     """As if stopped when a plate was built and before its raw images were deleted: the next run does it."""
@@ -380,6 +441,30 @@ def test_a_full_disk_is_told_before_anything_is_fetched(server, tmp_path, monkey
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 1000))
     with pytest.raises(ScreenError, match="0.00 GB free and about .* GB are needed"):
         build_dataset(tmp_path / "raw", tmp_path / "out", download=True, base_url=server.url, progress=False)
+    assert not [name for name, _ in server.requests if name.endswith(".zip")]
+
+
+@pytest.mark.parametrize("full", ["raw", "out"])
+def test_each_disk_is_asked_for_its_own_share(server, tmp_path, monkeypatch, full):
+    """The raw archives may lie on one disk and the dataset on another."""
+    from collections import namedtuple
+
+    usage, real = namedtuple("usage", "total used free"), Path.stat
+    folders = {name: tmp_path / name for name in ("raw", "out")}
+
+    def stat(path, **options):
+        state = real(path, **options)
+        if path not in folders.values():
+            return state
+        return os.stat_result([*state[:2], 10_000 + list(folders.values()).index(path), *state[3:]])  # st_dev
+
+    monkeypatch.setattr(Path, "stat", stat)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 1000 if path == folders[full] else 10**11))
+    sizes = [path.stat().st_size for path in server.folder.glob("*.zip")]
+    share = {"raw": len(sizes) * max(sizes) * 3, "out": sum(sizes) * 0.5}[full]
+    sentence = f"{folders[full]} has 0.00 GB free and about {share / 1e9:.2f} GB are needed"
+    with pytest.raises(ScreenError, match=sentence):
+        build_dataset(folders["raw"], folders["out"], download=True, base_url=server.url, progress=False)
     assert not [name for name, _ in server.requests if name.endswith(".zip")]
 
 

@@ -68,6 +68,20 @@ def test_a_stack_is_refused():
         read_image(io.BytesIO(tiff(PLANE, pages=3)), "field 7")
 
 
+@pytest.mark.parametrize(("description", "count"), [("images=3\nslices=3", 3), ("slices=3\nimages=12\n", 12)])
+def test_a_stack_of_one_directory_is_refused(description, count):
+    """As ImageJ writes large ones: one directory, whose description tells of the planes that follow."""
+    stack = encoded("TIFF", description=f"ImageJ=1.54f\n{description}\n")
+    with pytest.raises(ScreenError, match=f"field 7 holds {count} images: give one file a channel and field"):
+        read_image(io.BytesIO(stack), "field 7")
+
+
+@pytest.mark.parametrize("description", ["ImageJ=1.54f\nunit=micron\n", "ImageJ=1.54f\nimages=1\n", "images=3"])
+def test_other_descriptions_are_read_over(description):
+    plane, _ = read_image(io.BytesIO(encoded("TIFF", description=description)), "field 7")
+    assert (plane == PLANE).all()
+
+
 @pytest.mark.parametrize(("width", "height"), [(10_001, 10_000), (1, 100_000_001), (12_000, 12_000), (2**31 - 1,) * 2])
 def test_bombs_are_refused_by_their_header(monkeypatch, width, height):
     """Pillow warns from 89 and refuses from 179 million pixels; here all above 100 million are refused, silently."""

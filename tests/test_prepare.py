@@ -3,6 +3,8 @@
 import csv
 import hashlib
 import json
+import os
+import re
 
 import numpy as np
 import pytest
@@ -193,6 +195,26 @@ def test_dying_in_the_middle_of_a_plate(raw, built, tmp_path, monkeypatch):
             assert (tmp_path / "out" / path.relative_to(built)).read_bytes() == path.read_bytes(), path
 
 
+def test_a_folder_that_another_build_holds_is_left_as_it_is(raw, built, tmp_path):
+    from shutil import copytree
+
+    from filelock import FileLock
+
+    output = copytree(built, tmp_path / "out")
+    (output / ".build").mkdir()
+    with FileLock(output / ".build" / "lock"):
+        with pytest.raises(ScreenError, match="another wsdino-prepare is building .*out"):
+            build_dataset(raw, output, progress=False)
+        assert [path.name for path in (output / ".build").iterdir()] == ["lock"]
+    # Refused for other reasons, it is left as it was, too; and what a build leaves that died at once is no stranger.
+    with pytest.raises(ScreenError, match="other settings"):
+        build_dataset(raw, output, resize=1.0, progress=False)
+    assert not (output / ".build").exists()
+    (tmp_path / "new" / ".build").mkdir(parents=True)
+    (tmp_path / "new" / ".build" / "lock").touch()
+    build_dataset(raw, tmp_path / "new", plates=["Week1_1021"], illumination=False, progress=False)
+
+
 def test_output_that_holds_something_else(raw, built, tmp_path):
     (tmp_path / "letter.txt").write_text("mine")
     with pytest.raises(ScreenError, match="something else"):
@@ -293,8 +315,6 @@ def test_bad_images_are_named_with_their_row(raw, tmp_path, kind, message, capsy
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("wsdino-prepare: error: ")
     assert bad.name in error and "line 5 of" in error
-    import re
-
     assert re.search(message, error), error
     # What was written before is kept and no shard is half-written under its final name.
     assert not (tmp_path / "out" / "README.md").exists()
@@ -519,6 +539,31 @@ def test_builder_class_gives_the_same_rows(raw, built, tmp_path):
         }
 
 
+def test_the_builder_s_cache_is_of_the_files_as_they_are(raw, tmp_path):
+    """Identical builders share a cache; an image replaced since, at the same path, is not served from it."""
+    from dataset_scripts import BBBC021, RawScreen
+
+    folder, image = copy_of(raw, tmp_path / "raw")
+
+    def builder():
+        return BBBC021(cache_dir=str(tmp_path / "own"), config_name="all", raw=folder)
+
+    def plane_of(one):
+        one.download_and_prepare()
+        row = next(
+            r for r in one.as_dataset(split="train") if r["tubulin_file"] == image.relative_to(folder).as_posix()
+        )
+        return np.asarray(row["tubulin"])
+
+    first = builder()
+    before = plane_of(first)
+    assert first.config_id == builder().config_id
+    assert first.config_id == BBBC021(config_name="all", screen=RawScreen(folder)).config_id
+    assert first.config_id != BBBC021(config_name="all", raw=folder, source="other").config_id
+    Image.fromarray(np.zeros((64, 80), np.uint16)).save(image)
+    assert before.any() and not plane_of(builder()).any()
+
+
 def test_a_rebuilt_folder_is_never_served_from_an_old_cache(raw, tmp_path):
     import shutil
 
@@ -633,7 +678,6 @@ def test_8_bit_screens_stay_8_bit_when_corrected_and_halved(tmp_path):
 
 
 def test_the_documented_example_runs(tmp_path, monkeypatch, capsys):
-    import re
     from pathlib import Path
 
     import dataset_scripts
@@ -642,8 +686,38 @@ def test_the_documented_example_runs(tmp_path, monkeypatch, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     (promise,) = re.findall(r"It prints `(.*)`\.", text)
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "other_screens.md", "exec"), {})
+    exec(compile(code, "other_screens.md", "exec"), {"__name__": "__main__"})
     assert capsys.readouterr().out.splitlines()[-1] == promise
+
+
+def test_worker_processes_may_read_the_documented_example(tmp_path, monkeypatch):
+    """As spawned ones do with the file of the command: they must not begin the work again."""
+    from pathlib import Path
+
+    import dataset_scripts
+
+    text = (Path(dataset_scripts.__file__).parent / "other_screens.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    exec(
+        compile(text.split("```python\n")[1].split("```")[0], "other_screens.md", "exec"), {"__name__": "__mp_main__"}
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def dies(task):
+    """A worker process that is killed."""
+    os._exit(9)
+
+
+DEAD = "a worker process ended before its work was done: .*--workers.*; in a script, guard the call with if __name__"
+
+
+def test_a_worker_process_that_is_killed_is_one_sentence(raw, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("dataset_scripts.prepare._build_plate", dies)
+    with pytest.raises(SystemExit) as ended:
+        main(["--raw", str(raw), "--output", str(tmp_path / "out"), "--workers", "2"])
+    assert ended.value.code == 2
+    assert re.fullmatch(f"wsdino-prepare: error: {DEAD}.*", capsys.readouterr().err.splitlines()[-1])
 
 
 def test_plates_are_added_by_name_and_never_dropped_silently(raw, tmp_path):
@@ -658,11 +732,10 @@ def test_plates_are_added_by_name_and_never_dropped_silently(raw, tmp_path):
 
 
 @pytest.mark.skipif(
-    "WSDINO_BBBC021_METADATA" not in __import__("os").environ,
+    "WSDINO_BBBC021_METADATA" not in os.environ,
     reason="WSDINO_BBBC021_METADATA names no folder with the official tables",
 )
 def test_the_real_tables_and_fields(tmp_path, capsys):
-    import os
     from pathlib import Path
 
     folder = Path(os.environ["WSDINO_BBBC021_METADATA"])

@@ -179,6 +179,38 @@ def test_faults_of_another_screen_are_named(tmp_path, old, new, message):
         read_other(tmp_path, old, new)
 
 
+@pytest.mark.parametrize("word", ["NA", " NA ", "NaN", "nan", "N/A", "None", "null", "<NA>", ""])
+def test_a_mechanism_that_is_not_known_is_no_mechanism(tmp_path, word):
+    """As R, pandas and others write it: not a label that all unannotated compounds share."""
+    rows = "p1,A04,1,ibuprofen,5,COX,d_s1_.tif\n"
+    fields = read_other(tmp_path, "c_s2_.tif\n", "c_s2_.tif\n" + rows)
+    assert list(fields["part"]) == ["dmso", "annotated", "annotated", "annotated"]
+    (tmp_path / "t.csv").write_text((ROWS + rows).replace("aspirin,5,COX", f"aspirin,5,{word}"))
+    fields = read_screen(tmp_path / "t.csv", None, OTHER)
+    assert list(fields["moa"]) == ["DMSO", "", "", "COX"]
+    assert list(fields["part"]) == ["dmso", "unannotated", "unannotated", "annotated"]
+    (tmp_path / "moa.csv").write_text(f"compound,concentration,moa\nibuprofen,5,COX\naspirin,5,{word}\n")
+    with pytest.raises(ScreenError, match="moa.csv, line 3: column 'moa' is empty: fill it in, or take the line out"):
+        read_screen(tmp_path / "t.csv", tmp_path / "moa.csv", OTHER)
+
+
+def test_a_plate_is_of_one_batch(tmp_path):
+    """Plates 1, 2, 3 in every batch: of different wells they would be merged, and be corrected as one."""
+    sentence = "t.csv, line 4: the batch of plate 'p1' is 'b2' here and 'b1' above: give plates names of their own"
+    for well in ("A03", "A02"):  # the second is the same site, too
+        rows = ROWS.replace("F\n", "F,B\n").replace(".tif\n", ".tif,b1\n").replace("c_s2_.tif,b1", "c_s2_.tif,b2")
+        (tmp_path / "t.csv").write_text(rows.replace("A03,2", f"{well},1"))
+        with pytest.raises(ScreenError, match=sentence):
+            read_screen(tmp_path / "t.csv", None, replace(OTHER, batch="B"))
+
+
+@pytest.mark.parametrize("site", [1, 2])
+def test_a_well_has_one_treatment(tmp_path, site):
+    sentence = "line 4: the treatment of well 'A02' of plate 'p1' is 'aspirin_6' here and 'aspirin_5' above: give"
+    with pytest.raises(ScreenError, match=sentence):
+        read_other(tmp_path, "A03,2,aspirin,5", f"A02,{site},aspirin,6")
+
+
 def test_a_table_in_another_encoding_is_told_so(tmp_path):
     with pytest.raises(ScreenError, match="cannot be read as CSV .*'utf-8'.*: save it as CSV in UTF-8, or fetch it"):
         read_other(tmp_path, "aspirin", "β-aspirin", encoding="iso8859-7")
@@ -215,7 +247,20 @@ def test_a_site_by_pattern_must_be_a_number(tmp_path):
         ('{"channels": {}}', "each channel needs"),
         ('{"channels": {"dna": ["a", "b", "c"]}}', "each channel needs"),
         ('{"channels": {"dna": [["a"], "b"]}}', "each channel needs"),
+        ('{"channels": {"dna": {"a": "b", "c": "d"}}}', "each channel needs"),
         ('{"channels": {"dna": "a"}, "plaet": "P"}', "plaet"),
+        ('{"channels": {"dna": "a"}, "plate": ["P"]}', r"json: 'plate' is \['P'\]: give a text$"),
+        ('{"channels": {"dna": "a"}, "control": null}', "json: 'control' is None: give a text$"),
+        ('{"channels": {"dna": "a"}, "batch_pattern": 5}', "json: 'batch_pattern' is 5: give a text$"),
+        ('{"channels": {"dna": "a"}, "site": 0}', "json: 'site' is 0: give a text, or null$"),
+        ('{"channels": {"dna": "a"}, "moa": ["M"]}', r"json: 'moa' is \['M'\]: give a text, or null$"),
+        *(
+            (
+                f'{{"channels": {{"dna": "a"}}, "moa_table": {value}}}',
+                "json: 'moa_table' is .*: give three column names",
+            )
+            for value in ('["compound", "moa"]', '["compound", ["dose"], "moa"]', '"moa"', "null", "3")
+        ),
     ],
 )
 def test_bad_column_mappings(tmp_path, content, message):

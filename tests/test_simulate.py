@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import os
 from collections import defaultdict
 
 import numpy as np
@@ -142,6 +143,20 @@ def test_an_interruption_is_one_sentence(tmp_path, monkeypatch, capsys):
         main([str(tmp_path / "raw"), "--size", "tiny", "--image_size", "40", "48", "--workers", "1"])
     assert ended.value.code == 130
     assert capsys.readouterr().err.endswith("wsdino-simulate: interrupted: run the command again to go on from here\n")
+
+
+def dies(task):
+    """A worker process that is killed."""
+    os._exit(9)
+
+
+def test_a_worker_process_that_is_killed_is_one_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("dataset_scripts.simulate._write_well", dies)
+    with pytest.raises(SystemExit) as ended:
+        main([str(tmp_path / "raw"), "--size", "tiny", "--workers", "2"])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("wsdino-simulate: error: a worker process ended before its work was done: ")
 
 
 def test_an_interrupted_simulation_is_finished_with_the_same_bytes(tmp_path, monkeypatch):
