@@ -3,8 +3,10 @@
     wsdino-push runs/demo --dry_run hub               # write the repository folders, and upload nothing
     wsdino-push runs/bbbc021 --namespace my-lab       # create, upload, collect; repeat it after an interruption
 
-Every repository is compared with what the Hub holds, file by file, and only what differs is uploaded: a second push
-changes nothing, and one that was interrupted goes on. The token is the one of `hf auth login` or HF_TOKEN.
+Every repository is compared with what the Hub holds, file by file, and made the same: what differs is uploaded, and
+what is gone here is removed there. So a second push changes nothing, and one that was interrupted goes on. A
+repository of that name with files that wsdino-push did not put there is refused, unless with --replace. The token is
+the one of `hf auth login` or HF_TOKEN.
 """
 
 import argparse
@@ -29,6 +31,7 @@ METRIC_FILES = ("not_same_compound.py", "requirements.txt")
 METRIC_PAGE = (
     '<!doctype html><meta charset="utf-8"><title>Not same compound</title><p>See the README of this Space.</p>\n'
 )
+TITLE = "Upload with wsdino-push"  # of commits, by which a repository is known as made here
 FILES_A_COMMIT = 50  # what an interruption can cost: a dataset has many large files
 
 
@@ -212,13 +215,15 @@ def differs(path: Path, remote) -> bool:
     return digest.hexdigest() != (remote.lfs.sha256 if remote.lfs else remote.blob_id)
 
 
-def push_repository(api: HfApi, repository: Repository, *, private: bool) -> int:
-    """Create a repository if need be and make it hold the folder's files. Returns how many files changed.
+def push_repository(api: HfApi, repository: Repository, *, private: bool, replace: bool = False) -> int:
+    """Create a repository if need be and make it hold the folder's files and, but for hidden ones, no others.
+
+    Returns how many files changed.
 
     Raises
     ------
     PushError
-        If it is to be private, but exists and is public.
+        If it is to be private, but exists and is public; if it holds what others put there, unless `replace`.
     """
     kind = repository.kind
     api.create_repo(
@@ -234,7 +239,15 @@ def push_repository(api: HfApi, repository: Repository, *, private: bool) -> int
     remote = {entry.path: entry for entry in tree if hasattr(entry, "blob_id")}
     files = local_files(repository.folder)
     changed = [path for path, file in files.items() if path not in remote or differs(file, remote[path])]
-    stale = [path for path in remote if path not in files and not path.startswith(".")]
+    there = [path for path in remote if not path.startswith(".")]
+    stale = [path for path in there if path not in files]
+    if there and (changed or stale) and not replace:
+        titles = {commit.title for commit in api.list_repo_commits(repository.repo_id, repo_type=kind)}
+        if TITLE not in titles and titles != {"initial commit"}:  # the Hub's own, as of a new Space's welcome page
+            raise PushError(
+                f"it holds files of others, such as {min(there)}: give another --namespace or --name, or, if they "
+                "may all go, --replace"
+            )
     # The card last: it names what must be there, and a repository with a card is whole.
     changed.sort(key=lambda path: (path == "README.md", path))
     for start in range(0, len(changed), FILES_A_COMMIT):
@@ -242,14 +255,22 @@ def push_repository(api: HfApi, repository: Repository, *, private: bool) -> int
         last = start + FILES_A_COMMIT >= len(changed)
         operations = [CommitOperationAdd(path, files[path]) for path in batch]
         operations += [CommitOperationDelete(path) for path in stale] if last else []
-        api.create_commit(repository.repo_id, operations, commit_message="Upload with wsdino-push", repo_type=kind)
+        api.create_commit(repository.repo_id, operations, commit_message=TITLE, repo_type=kind)
     if stale and not changed:
         deletions = [CommitOperationDelete(path) for path in stale]
         api.create_commit(repository.repo_id, deletions, commit_message="Remove old files", repo_type=kind)
     return len(changed) + len(stale)
 
 
-def push(api: HfApi, repositories: list[Repository], *, namespace: str, title: str, private: bool) -> dict[str, int]:
+def push(
+    api: HfApi,
+    repositories: list[Repository],
+    *,
+    namespace: str,
+    title: str,
+    private: bool,
+    replace: bool = False,
+) -> dict[str, int]:
     """Push every repository and collect them; returns how many files changed in each.
 
     Raises
@@ -261,7 +282,7 @@ def push(api: HfApi, repositories: list[Repository], *, namespace: str, title: s
     try:
         for repository in tqdm(repositories, desc="Pushing", unit="repository"):
             where = f"{repository.kind} {repository.repo_id}"
-            changes[repository.repo_id] = push_repository(api, repository, private=private)
+            changes[repository.repo_id] = push_repository(api, repository, private=private, replace=replace)
         where = f"the collection {title}"
         collection = api.create_collection(title, namespace=namespace, private=private, exists_ok=True)
         present = {item.item_id for item in collection.items}
@@ -290,7 +311,8 @@ def main(argv: list[str] | None = None) -> None:
     """The command `wsdino-push`."""
     parser = argparse.ArgumentParser(
         prog="wsdino-push",
-        description="Publish a run's models, the metric and the dataset as repositories of the Hugging Face Hub.",
+        description="Publish a run's models, the metric and the dataset as repositories of the Hugging Face Hub. "
+        "Files of these repositories that are no longer here are removed there.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("run", metavar="RUN", type=Path, help="run folder with results.json")
@@ -300,6 +322,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dataset_on_hub", metavar="ID", help="for cards, when the dataset is not among --parts")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to publish")
     parser.add_argument("--private", action="store_true", help="create private repositories")
+    parser.add_argument(
+        "--replace", action="store_true", help="replace also what others put into a repository of that name"
+    )
     parser.add_argument("--dry_run", type=Path, metavar="DIR", help="write the folders there and upload nothing")
     arguments = parser.parse_args(argv)
     try:
@@ -332,7 +357,8 @@ def publish(arguments: argparse.Namespace) -> None:
         models = [repository.repo_id.split("/")[1] for repository in repositories if repository.kind == "model"]
         # the combined model's name is what the others begin with
         title = min(models, key=len) if models else "wsdino"
-        changes = push(api, repositories, namespace=namespace, title=title, private=arguments.private)
+        flags = {"private": arguments.private, "replace": arguments.replace}
+        changes = push(api, repositories, namespace=namespace, title=title, **flags)
     for repo_id, count in changes.items():
         print(f"{repo_id}: {f'{count} files changed' if count else 'unchanged'}")
 

@@ -97,7 +97,7 @@ def floating_operations(tokens: int = 785, width: int = 384, depth: int = 12) ->
 
 def matmul_rate(device: str, dtype: torch.dtype) -> float:
     """Operations a second of this machine's own matrix product, in the MLP's shape: the best of several."""
-    size = 4096 if device == "cuda" else 785
+    size = 4096 if torch.device(device).type == "cuda" else 785
     left = torch.randn(size * 4, 384, device=device, dtype=dtype)
     right = torch.randn(384, 1536, device=device, dtype=dtype)
     best = 0.0
@@ -112,8 +112,8 @@ def matmul_rate(device: str, dtype: torch.dtype) -> float:
 
 
 def synchronise(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 MEASURED = """
@@ -184,6 +184,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(arguments.threads)
     torch.set_float32_matmul_precision("high" if arguments.tf32 else "highest")
     device, dtype = arguments.device, getattr(torch, arguments.dtype)
+    on_gpu = torch.device(device).type == "cuda"
     model, plain = make_networks(device)
     model.to(dtype)
     if arguments.compile:
@@ -210,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     rates = {"plain": matmul_rate(device, torch.float32), "pipeline": matmul_rate(device, dtype)}
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     result = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(),
         "threads": arguments.threads,
         "dtype": arguments.dtype,
         "compile": arguments.compile,

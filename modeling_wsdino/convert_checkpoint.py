@@ -15,6 +15,7 @@ import re
 from pathlib import Path
 
 import torch
+from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers.utils import cached_file
@@ -84,17 +85,7 @@ def load_backbone(source: str | Path, *, network: str | None = None, **config_kw
     """
     if Path(source).is_file():
         return WSDinoModel.from_dino_checkpoint(source, network=network, **config_kwargs)
-    files = {
-        name: _repository_file(source, name) for name in ("config.json", "model.safetensors", "pytorch_model.bin")
-    }
-    if files["config.json"] is None:
-        raise ValueError(
-            f"{source} is neither a checkpoint file nor a folder or Hub id with a config.json: check the name."
-        )
-    try:
-        config = dict(json.loads(Path(files["config.json"]).read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{files['config.json']} is damaged ({error}): copy it again.") from error
+    config = _read_config(source)
     kind = config.get("model_type")
     if network is not None:
         raise ValueError(f"{source} holds one network, not a teacher and a student: leave out {network}.")
@@ -107,7 +98,8 @@ def load_backbone(source: str | Path, *, network: str | None = None, **config_kw
         try:
             # overriding through `from_pretrained` would set the values without checking them
             config = WSDinoConfig.from_dict(config | config_kwargs)
-            model, found = cls.from_pretrained(source, config=config, output_loading_info=True)
+            # what is kept in half precision is trained and exported in full
+            model, found = cls.from_pretrained(source, config=config, dtype=torch.float32, output_loading_info=True)
             if found["missing_keys"]:  # which would stay random
                 raise ValueError(f"it lacks {_some(sorted(found['missing_keys']))}")
             return model.eval()
@@ -116,12 +108,10 @@ def load_backbone(source: str | Path, *, network: str | None = None, **config_kw
             raise ValueError(f"the model {source} is damaged ({reason[:300]}): copy it again.") from error
     if kind != "vit":
         raise ValueError(f"{source} is a {kind!r} model: give a WS-DINO or ViT repository, or a DINO checkpoint.")
-    if files["model.safetensors"] is not None:
-        state = read_checkpoint(files["model.safetensors"])
-    elif files["pytorch_model.bin"] is not None:
-        state = read_checkpoint(files["pytorch_model.bin"])
-    else:
+    weights = _repository_file(source, "model.safetensors") or _repository_file(source, "pytorch_model.bin")
+    if weights is None:
         raise ValueError(f"{source} has no model.safetensors or pytorch_model.bin: give a folder with weights.")
+    state = read_checkpoint(weights)
     config_kwargs.setdefault("num_attention_heads", config["num_attention_heads"])
     return WSDinoModel.from_dino_state_dict(vit_to_dino(state), name=str(source), **config_kwargs)
 
@@ -132,18 +122,43 @@ def load_image_processor(source: str | Path, model: WSDinoPreTrainedModel) -> WS
     Raises
     ------
     ValueError
-        If there is one, but damaged: others' tiles would give other features.
+        If a WS-DINO repository's cannot be read, or it is not certain that another has none: other tiles would give
+        other features.
     """
+    default = WSDinoImageProcessor(tile_size=model.config.image_size)
+    if Path(source).is_file():
+        return default
+    own_layout = _read_config(source).get("model_type") == "wsdino"
+    file = "preprocessor_config.json"
     try:
         own = WSDinoImageProcessor.get_image_processor_dict(source)[0]
         if own.get("image_processor_type") == "WSDinoImageProcessor":
             return WSDinoImageProcessor.from_dict(own)
+        reason, absent = "it is of another kind", True
     except (ValueError, OSError, TypeError, AttributeError) as error:
-        file = Path(source) / "preprocessor_config.json"
-        if file.is_file():
-            reason = str(error).split("\n")[0]
-            raise ValueError(f"{file} is damaged ({reason}): copy the model again.") from error
-    return WSDinoImageProcessor(tile_size=model.config.image_size)
+        reason = str(error).split("\n")[0].partition(". ")[0].rstrip(".")
+        if Path(source).is_dir():
+            absent = not (Path(source) / file).is_file()
+        else:  # by the Hub's own answer, which the cache keeps: a Hub that is out of reach may have it
+            absent = try_to_load_from_cache(str(source), file) is _CACHED_NO_EXIST
+    if own_layout or not absent:
+        raise ValueError(
+            f"no image processor can be read from {source} ({reason}): copy its {file} again, or check the connection."
+        )
+    return default
+
+
+def _read_config(source: str | Path) -> dict:
+    """The config.json of a folder or Hub repository, or a ValueError."""
+    path = _repository_file(source, "config.json")
+    if path is None:
+        raise ValueError(
+            f"{source} is neither a checkpoint file nor a folder or Hub id with a config.json: check the name."
+        )
+    try:
+        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): copy it again.") from error
 
 
 def _repository_file(source: str | Path, name: str) -> str | None:

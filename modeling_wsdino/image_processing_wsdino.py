@@ -268,13 +268,16 @@ def _read_pillow(image: Image.Image, name: str) -> np.ndarray:
         )
     pages, pixels = [], 0
     try:
-        for page in range(getattr(image, "n_frames", 1)):
-            if page:
+        count, here = getattr(image, "n_frames", 1), image.tell()
+        for page in range(count):
+            if count > 1:  # also the first: an image that was read before stands at another
                 image.seek(page)
             pixels += image.width * image.height
             if pixels > MAX_PIXELS:
                 break
             pages.append(np.asarray(image))
+        if count > 1:
+            image.seek(here)
     except Exception as error:  # as above
         raise ValueError(f"{name} cannot be read as an image ({error}): copy the file again.") from error
     if pixels > MAX_PIXELS:

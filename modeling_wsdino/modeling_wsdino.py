@@ -10,7 +10,7 @@ Parameter names and those of the original DINO (`blocks.0.attn.qkv.weight`) map 
 import argparse
 import math
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -138,12 +138,16 @@ class WSDinoAttention(nn.Module):
 
     def project(self, tokens: torch.Tensor, cls_only: bool) -> tuple[torch.Tensor, ...]:
         """Queries, keys and values, each `(batch, heads, tokens, head width)`; with `cls_only` the CLS query alone."""
-        if not cls_only:
-            return tuple(self.split_heads(part) for part in self.qkv(tokens).chunk(3, dim=-1))
-        width = tokens.shape[-1]
-        bias = (None, None) if self.qkv.bias is None else self.qkv.bias.tensor_split((width,))
-        query = nn.functional.linear(tokens[:, :1], self.qkv.weight[:width], bias[0])
-        key, value = nn.functional.linear(tokens, self.qkv.weight[width:], bias[1]).chunk(2, dim=-1)
+        qkv, width = self.qkv, tokens.shape[-1]
+        # Adapters, quantised layers, offloading and hooks change what a call does, which bare weights would pass by.
+        called = type(qkv) is not nn.Linear or qkv._forward_pre_hooks or qkv._forward_hooks or hasattr(qkv, "_hf_hook")
+        if called or not cls_only:
+            query, key, value = qkv(tokens).chunk(3, dim=-1)
+            query = query[:, :1] if cls_only else query
+        else:
+            bias = (None, None) if qkv.bias is None else qkv.bias.tensor_split((width,))
+            query = nn.functional.linear(tokens[:, :1], qkv.weight[:width], bias[0])
+            key, value = nn.functional.linear(tokens, qkv.weight[width:], bias[1]).chunk(2, dim=-1)
         return tuple(self.split_heads(part) for part in (query, key, value))
 
     def forward(
@@ -444,15 +448,15 @@ class WSDinoMultiChannelModel(WSDinoPreTrainedModel):
         ]
         recorded = {
             key: tuple(
-                None if towers[0] is None else torch.cat(towers, dim=dim)  # None: a layer that was not asked for
+                None if towers[0] is None else _side_by_side(towers, dim)  # None: a layer that was not asked for
                 for towers in zip(*(output[key] for output in outputs), strict=True)
             )
             for key, dim in (("hidden_states", -1), ("attentions", 1))  # where the towers stand side by side
             if getattr(outputs[0], key) is not None
         }
         return BaseModelOutputWithPooling(
-            last_hidden_state=torch.cat([output.last_hidden_state for output in outputs], dim=-1),
-            pooler_output=torch.cat([output.pooler_output for output in outputs], dim=-1),
+            last_hidden_state=_side_by_side([output.last_hidden_state for output in outputs], -1),
+            pooler_output=_side_by_side([output.pooler_output for output in outputs], -1),
             **recorded,
         )
 
@@ -460,7 +464,12 @@ class WSDinoMultiChannelModel(WSDinoPreTrainedModel):
         """As `WSDinoModel.attention_maps`, with the towers' heads side by side: `(batch, channels * heads, h, w)`."""
         images = self._split(pixel_values)
         maps = [tower.attention_maps(image) for tower, image in zip(self.towers.values(), images, strict=True)]
-        return torch.cat(maps, dim=1)
+        return _side_by_side(maps, 1)
+
+
+def _side_by_side(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+    """Towers' tensors as one, on the first tower's device: `device_map="auto"` may spread towers over several GPUs."""
+    return torch.cat([part.to(parts[0].device) for part in parts], dim=dim)
 
 
 def attention_mass_mask(attention_maps: torch.Tensor, mass: float = 0.6) -> torch.Tensor:

@@ -19,7 +19,8 @@ class HubServer:
 
     def __init__(self, token):
         self.token = token
-        self.repositories = {}  # (kind, id) -> {"files": {path: bytes}, "commits": int, "private": bool, "sdk": str}
+        # (kind, id) -> {"files": {path: bytes}, "commits": int, "titles": [str], "private": bool, "sdk": str}
+        self.repositories = {}
         self.objects = {}  # sha256 -> bytes
         self.collections = {}  # slug -> {"title", "items": [(kind, id)]}
         self.requests = []
@@ -94,7 +95,14 @@ class Requests(BaseHTTPRequestHandler):
             if key in hub.repositories:
                 return self.refuse(409, "You already created this repo", {"url": f"{hub.url}/{name}"})
             private = wanted.get("visibility") == "private"
-            repository = {"files": {".gitattributes": b"*.safetensors filter=lfs\n"}, "commits": 1, "private": private}
+            files = {".gitattributes": b"*.safetensors filter=lfs\n"}
+            if wanted.get("sdk") == "static":  # the page that a new static Space shows
+                files |= {
+                    "README.md": b"---\nsdk: static\n---\n",
+                    "index.html": b"<p>Welcome</p>",
+                    "style.css": b"p {}",
+                }
+            repository = {"files": files, "commits": 1, "titles": ["initial commit"], "private": private}
             hub.repositories[key] = repository | {"sdk": wanted.get("sdk")}
             return self.send({"url": f"{hub.url}/{name}", "name": name, "id": name})
         if parts[:2] == ["api", "collections"]:
@@ -163,7 +171,9 @@ class Requests(BaseHTTPRequestHandler):
             for line in body.decode().splitlines():
                 item = json.loads(line)
                 value = item["value"]
-                if item["key"] == "file":
+                if item["key"] == "header":
+                    titles = [value["summary"], *repository["titles"]]
+                elif item["key"] == "file":
                     changed[value["path"]] = base64.b64decode(value["content"])
                 elif item["key"] == "lfsFile":
                     if value["oid"] not in self.hub.objects:
@@ -171,9 +181,12 @@ class Requests(BaseHTTPRequestHandler):
                     changed[value["path"]] = self.hub.objects[value["oid"]]
                 elif item["key"] == "deletedFile":
                     del changed[value["path"]]
-            repository["files"] = changed
+            repository["files"], repository["titles"] = changed, titles
             repository["commits"] += 1
             return self.send({"commitUrl": f"{self.hub.url}/{name}/commit/1", "commitOid": sha_of(repository)})
+        if action == "commits":
+            about = {"authors": [{"user": "lab"}], "date": "2026-01-01T00:00:00.000Z", "message": ""}
+            return self.send([about | {"id": "0" * 40, "title": title} for title in repository["titles"]])
         if action == "tree":
             folder = "/".join(rest[2:])
             return self.send(self.entries(files, folder, query.get("recursive", ["false"])[0].lower() == "true"))

@@ -7,6 +7,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from hub_server import HubServer
+from huggingface_hub import constants, hf_api
 from safetensors.torch import load_file, save_file
 from transformers import ViTConfig, ViTModel
 
@@ -17,7 +19,7 @@ from modeling_wsdino import (
     WSDinoMultiChannelModel,
     build_repository,
 )
-from modeling_wsdino.convert_checkpoint import convert, load_backbone, main, vit_to_dino
+from modeling_wsdino.convert_checkpoint import convert, load_backbone, load_image_processor, main, vit_to_dino
 
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32}
 
@@ -115,6 +117,18 @@ def test_out_to_the_original_layout_and_back(tmp_path, capsys):
         assert torch.equal(value, model.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("channels", [["dna"], ["dna", "actin"]], ids=["one channel", "combined"])
+def test_weights_kept_in_half_precision_are_read_as_float32(tmp_path, channels):
+    """Training from them, or an ONNX file of them, would else go on in half precision."""
+    model = make_model(WSDinoMultiChannelModel if len(channels) > 1 else WSDinoModel, channel_names=channels)
+    for dtype in (torch.bfloat16, torch.float16):
+        folder = build_repository(tmp_path / "half", model.to(dtype), WSDinoImageProcessor(tile_size=32))
+        loaded = load_backbone(folder)
+        assert loaded.dtype == torch.float32 == loaded.config.dtype
+        for name, value in loaded.state_dict().items():
+            assert torch.equal(value, model.state_dict()[name].float()), name
+
+
 def test_a_full_checkpoint_becomes_a_repository(tmp_path):
     model = make_model(hidden_size=64, num_attention_heads=1)
     networks = {
@@ -146,8 +160,6 @@ def test_a_repository_keeps_its_tiles_when_converted(tmp_path):
 
 def test_a_repository_of_the_hub_keeps_its_tiles_too(tmp_path, monkeypatch):
     """A Hub id is no folder here: its files lie in the cache."""
-    from huggingface_hub import constants
-
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     snapshot = tmp_path / "hub" / "models--lab--cells" / "snapshots" / ("0" * 40)
     processor = WSDinoImageProcessor(tile_size=16, max_intensity=255)
@@ -157,6 +169,68 @@ def test_a_repository_of_the_hub_keeps_its_tiles_too(tmp_path, monkeypatch):
     convert("lab/cells", tmp_path / "copy")
     copied = WSDinoImageProcessor.from_pretrained(tmp_path / "copy")
     assert (copied.tile_size, copied.max_intensity) == (16, 255)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub-like server that this process asks, with an empty cache."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with HubServer("hf_token") as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        yield hub
+
+
+def put(hub, name, folder):
+    files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    hub.repositories["model", name] = {"files": files, "commits": 1, "private": False, "sdk": None}
+
+
+def test_a_hub_that_fails_or_a_damaged_file_gives_no_other_tiles(hub, tmp_path, monkeypatch):
+    """Features of tiles that the network was not trained on would be others, and nobody would know."""
+    model = make_model(channel_names=["dna"])
+    put(hub, "lab/dna", build_repository(tmp_path / "dna", model, WSDinoImageProcessor(tile_size=16)))
+    hub.fail = ("HEAD", "preprocessor_config.json", 0, 501)  # which is not tried again, with pauses
+    with pytest.raises(ValueError, match="no image processor can be read from lab/dna"):
+        load_image_processor("lab/dna", model)
+    hub.fail = None
+    assert load_image_processor("lab/dna", model).tile_size == 16
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert load_image_processor("lab/dna", model).tile_size == 16
+    (cached,) = (tmp_path / "hub").glob("*/snapshots/*/preprocessor_config.json")
+    for damage in (b"{", b"[]", b'{"image_processor_type": "ViTImageProcessor"}', None):
+        for path in (cached, tmp_path / "dna" / "preprocessor_config.json"):
+            path.unlink(missing_ok=True)
+            if damage is not None:
+                path.write_bytes(damage)
+        for source in ("lab/dna", tmp_path / "dna"):
+            with pytest.raises(ValueError, match=f"no image processor can be read from {source}") as caught:
+                load_image_processor(source, model)
+            assert "\n" not in str(caught.value)
+
+
+def test_a_vit_of_the_hub_gets_our_tiles_where_it_certainly_has_none(hub, vit, tmp_path, monkeypatch):
+    vit.save_pretrained(tmp_path / "vit")
+    put(hub, "lab/vit", tmp_path / "vit")
+    model = load_backbone("lab/vit")
+    hub.fail = ("HEAD", "preprocessor_config.json", 0, 501)  # which is not tried again, with pauses
+    with pytest.raises(ValueError, match="no image processor can be read from lab/vit"):
+        load_image_processor("lab/vit", model)
+    hub.fail = None
+    assert load_image_processor("lab/vit", model).tile_size == 32
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # the cache knows what the Hub said
+    assert load_image_processor("lab/vit", model).tile_size == 32
+    (said,) = (tmp_path / "hub").glob("*/.no_exist/*/preprocessor_config.json")
+    said.unlink()
+    with pytest.raises(ValueError, match="no image processor can be read from lab/vit"):
+        load_image_processor("lab/vit", model)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    hub.repositories["model", "lab/vit"]["files"]["preprocessor_config.json"] = b'{"image_processor_type": "X"}'
+    assert load_image_processor("lab/vit", model).tile_size == 32
 
 
 def test_a_vits_own_image_processor_does_not_cut_our_tiles(vit, tmp_path):

@@ -118,6 +118,18 @@ def test_channels_keep_their_order(processor, tmp_path):
     assert torch.equal(processor(tmp_path / "stack.tif")["pixel_values"], expected)
 
 
+def test_an_opened_file_of_several_pages_is_read_alike_every_time_and_stays_at_its_page(processor, tmp_path):
+    stack = np.stack([field(seed=seed) for seed in range(3)])
+    pages = [Image.fromarray(plane) for plane in stack]
+    pages[0].save(tmp_path / "stack.tif", save_all=True, append_images=pages[1:])
+    with Image.open(tmp_path / "stack.tif") as opened:
+        for page in (0, 2, 1):
+            opened.seek(page)
+            for _ in range(2):
+                assert torch.equal(processor(opened)["pixel_values"], processor(stack)["pixel_values"])
+                assert opened.tell() == page
+
+
 def test_the_input_is_left_alone(processor):
     plane = field()
     copy = plane.copy()

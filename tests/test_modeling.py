@@ -6,6 +6,7 @@ import pickle
 import shutil
 from fractions import Fraction
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -223,6 +224,36 @@ def test_cls_only_is_exact_and_smaller():
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+
+
+class LowRank(torch.nn.Linear):
+    """A linear layer with an adapter beside it, as LoRA puts in its place."""
+
+    def forward(self, tokens):
+        return super().forward(tokens) + 0.1 * tokens.roll(1, dims=-1).repeat(1, 1, 3)
+
+
+@pytest.mark.parametrize("way", ["adapter", "hook", "hook before", "offloaded"])
+def test_cls_only_sees_what_stands_in_for_the_projection(way):
+    model = small_model()
+    images = torch.rand(2, 1, 64, 48)
+    for layer in model.layers:
+        if way == "adapter":
+            layer.attention.qkv.__class__ = LowRank
+        elif way == "hook":
+            layer.attention.qkv.register_forward_hook(lambda _, given, projected: projected * 1.5)
+        elif way == "hook before":
+            layer.attention.qkv.register_forward_pre_hook(lambda _, given: given[0] * 1.5)
+    if way == "offloaded":  # each layer's weights are on the meta device until the layer itself is called
+        accelerate.cpu_offload(model, execution_device="cpu")
+        assert model.layers[-1].attention.qkv.weight.is_meta
+    with torch.no_grad():
+        whole, alone = model(images), model(images, cls_only=True)
+        torch.testing.assert_close(alone.pooler_output, whole.pooler_output, atol=1e-5, rtol=1e-5)
+        maps = model.attention_maps(images)
+        model.set_attn_implementation("eager")
+        attentions = model(images, output_attentions=True).attentions
+    torch.testing.assert_close(maps.flatten(2), attentions[-1][:, :, 0, 1:])
 
 
 def test_sdpa_is_the_default_and_equals_eager_which_returns_attentions():
@@ -539,6 +570,19 @@ def test_the_combined_model_changes_attention_in_every_tower():
     torch.testing.assert_close(maps.flatten(2), output.attentions[-1][:, :, 0, 1:])
     chosen = model(images, output_hidden_states=[-1]).hidden_states  # newer transformers leave the others out
     torch.testing.assert_close(chosen[-1], output.hidden_states[-1])
+
+
+def test_towers_on_several_devices_meet_on_the_firsts():
+    """As `device_map="auto"` spreads them over GPUs; the meta device stands in for another one."""
+    model = small_model(cls=WSDinoMultiChannelModel, channel_names=["dna", "actin"])
+    model.set_attn_implementation("eager")
+    accelerate.hooks.attach_execution_device_hook(model.towers["dna"].to("meta"), "meta")
+    images = torch.rand(1, 2, 64, 64)
+    output = model(images, output_attentions=True, output_hidden_states=True)
+    shapes = {output.pooler_output: (1, 64), output.last_hidden_state: (1, 65, 64)}
+    shapes |= dict.fromkeys(output.hidden_states, (1, 65, 64)) | dict.fromkeys(output.attentions, (1, 4, 65, 65))
+    shapes[model.attention_maps(images)] = (1, 4, 8, 8)
+    assert len(shapes) == 10 and all(part.is_meta and part.shape == shape for part, shape in shapes.items())
 
 
 def test_the_combined_model_names_its_channels():

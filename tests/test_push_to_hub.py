@@ -253,6 +253,30 @@ def test_old_files_leave_and_changed_ones_are_replaced(run, tmp_path):
         assert hub.repositories["space", "lab/not_same_compound"]["files"] == right
 
 
+def test_files_that_another_put_there_stay(run, tmp_path):
+    """A lab may have a repository of that very name, whose files are none of the run's."""
+    name, flags = ("space", "lab/not_same_compound"), ("--parts", "metric")
+    with HubServer(TOKEN) as hub:
+        hub.fail = ("POST", "not_same_compound/commit", 0, 403)  # what a new Space shows is nobody's work
+        assert push(hub, run, tmp_path, *flags).returncode == 2
+        hub.fail = None
+        assert push(hub, run, tmp_path, *flags).returncode == 0
+        right = hub.repositories[name]["files"]
+        assert right.keys() == {*push_to_hub.METRIC_FILES, "README.md", "index.html", ".gitattributes"}
+        theirs = {"files": {"app.py": b"precious", "README.md": b"ours"}, "titles": ["Add app.py", "initial commit"]}
+        hub.repositories[name] |= theirs
+        before = hub.commits()
+        done = push(hub, run, tmp_path, *flags)
+        assert done.returncode == 2 and hub.commits() == before and hub.repositories[name]["files"] == theirs["files"]
+        message = done.stderr[done.stderr.index("wsdino-push: error") :]
+        assert (
+            "space lab/not_same_compound could not be pushed (it holds files of others, such as README.md" in message
+        )
+        assert "--replace" in message and message.count("\n") == 1
+        assert push(hub, run, tmp_path, *flags, "--replace").returncode == 0
+        assert hub.repositories[name]["files"] == {path: right[path] for path in right if path != ".gitattributes"}
+
+
 def test_nothing_private_is_pushed_into_a_public_repository(run, tmp_path):
     """Creating a repository that exists leaves its visibility as it is."""
     with HubServer(TOKEN) as hub:
