@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -187,7 +188,7 @@ class Options:
     shard_fields: int = 512
     num_workers: int = 0
     compile: bool = False
-    device: str | torch.device | None = None
+    device: str | torch.device | None = None  # None: where the network lies
     precision: str = "no"
 
 
@@ -217,7 +218,7 @@ class Extractor:
         """Refuse planes that this extractor cannot or must not take, before anything is written.
 
         Raises:
-            ScreenError: 8-bit planes for a 16-bit model or the reverse; fields smaller than their tiles.
+            ScreenError: 8-bit planes for a 16-bit model or the reverse; fields smaller than a network's tiles.
         """
         limit = self.image_processor.max_intensity
         if (planes.like.dtype == np.uint8) != (limit <= 255):
@@ -226,11 +227,13 @@ class Extractor:
                 f"The dataset's {planes.channel} images are {depth}, but the model was trained on intensities clipped "
                 f"at {limit:g}: give a dataset of the depth it was trained on."
             )
+        if self.model is None:
+            return  # statistics are of whole fields
         try:
             tile = self.image_processor.field_tiles(planes.like)[0]
         except ValueError as error:
             raise ScreenError(f"The dataset's {planes.channel} fields do not fit the tiles: {error}") from error
-        if self.model is not None and any(side % self.model.config.patch_size for side in tile.shape[1:]):
+        if any(side % self.model.config.patch_size for side in tile.shape[1:]):
             raise ScreenError(
                 f"Tiles of {tile.shape[1]}x{tile.shape[2]} pixels do not divide into patches of "
                 f"{self.model.config.patch_size}: choose a model whose image processor names another tile_size."
@@ -262,20 +265,12 @@ def network_stream(
     model: WSDinoModel, image_processor: WSDinoImageProcessor, planes: Iterable[np.ndarray], options: Options
 ) -> Iterator[np.ndarray]:
     """`(hidden,)` float32 of every plane, through the very pipeline that users of the model run."""
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = options.device or model.device
     extract = WSDinoFeatureExtractionPipeline(model=model.eval(), image_processor=image_processor, device=device)
     inputs = planes if isinstance(planes, Dataset) else (plane for plane in planes)
     stream = extract(inputs, batch_size=options.batch_size, num_workers=options.num_workers, return_tensors=True)
     for features in stream:
         yield features.numpy()
-
-
-def network_features(
-    model: WSDinoModel, image_processor: WSDinoImageProcessor, planes: np.ndarray, batch_size: int, title: str
-) -> np.ndarray:
-    """`(fields, hidden)` float32 of all planes at once, with a progress bar."""
-    stream = network_stream(model, image_processor, planes, Options(batch_size))
-    return np.stack(list(tqdm(stream, total=len(planes), desc=title, unit="field")))
 
 
 # ---------------------------------------------------------------------------------------------- networks
@@ -556,9 +551,25 @@ def example_rows(dataset, count: int) -> list[int]:
     return controls + strongest.sort_values("moa").index[: count - len(controls)].tolist()
 
 
+@contextmanager
+def picture_folder(folder: Path) -> Iterator[None]:
+    """Make the pictures' folder, for what is written into it.
+
+    Raises:
+        ProfileError: where that fails.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise ProfileError(
+            f"no pictures can be written into {folder} ({reason}): make room there, or remove what is in its place."
+        ) from error
+
+
 def write_pictures(folder: Path, extractors: dict[str, Extractor], dataset) -> None:
     """`fields_<channel>.png`, example fields; `attention_<channel>.png`, where the network looks (figure 1)."""
-    folder.mkdir(parents=True, exist_ok=True)
     if {"moa", "treatment", "concentration"} <= set(dataset.column_names):
         rows = example_rows(dataset, 8)
         chosen = dataset.select_columns(["moa", "treatment"])[rows]
@@ -572,7 +583,8 @@ def write_pictures(folder: Path, extractors: dict[str, Extractor], dataset) -> N
         fields = [np.minimum(plane / limit, 1) for plane in planes]
         save_sheet(draw_fields(fields, titles), folder / f"fields_{channel}.png")
         # One picture of the whole centre that the tiles cover: the network takes any size, and cells stay uncut.
-        side = image_processor.tile_size * image_processor.tile_grid
+        patch = model.config.patch_size
+        side = min(image_processor.tile_size * image_processor.tile_grid, min(planes.like.shape) // patch * patch)
         whole = WSDinoImageProcessor(tile_size=side, tile_grid=1, max_intensity=limit)
         centres = np.stack([whole.field_tiles(planes[index])[0] for index in range(min(4, len(planes)))])
         with torch.no_grad():
@@ -614,6 +626,9 @@ def extract_run(
     channels = choose_channels(channels, trained, str(run))
     dataset, metadata = open_dataset(dataset_path or settings["dataset"]["path"], parts, channels, state)
     nuclear_channel = choose_nuclear_channel(nuclear_channel, dataset)
+    pictures = run / "pictures"
+    with picture_folder(pictures):
+        pass  # told now rather than after all is extracted
     for name in sets:
         path = run / "profiles" / f"{name}.parquet"
         if name == "count":
@@ -636,8 +651,9 @@ def extract_run(
         extractors = with_tiles(checkpoint_extractors(run, step, channels), tiles)
         extract_file(path, extractors, dataset, metadata, options, state)
     if state.is_main_process:
-        write_pictures(run / "pictures", run_extractors(run, "trained", arguments, channels), dataset)
-        print(f"Wrote {len(dataset)} profiles a set into {run / 'profiles'} and pictures into {run / 'pictures'}.")
+        with picture_folder(pictures):
+            write_pictures(pictures, run_extractors(run, "trained", arguments, channels), dataset)
+        print(f"Wrote {len(dataset)} profiles a set into {run / 'profiles'} and pictures into {pictures}.")
 
 
 def extract_model(
@@ -658,10 +674,14 @@ def extract_model(
     """
     extractors = with_tiles(model_extractors(source, channels), tiles)
     dataset, metadata = open_dataset(dataset_path, parts, list(extractors), state)
+    if pictures is not None:
+        with picture_folder(pictures):
+            pass
     extract_file(output, extractors, dataset, metadata, options, state)
     if state.is_main_process:
         if pictures is not None:
-            write_pictures(pictures, extractors, dataset)
+            with picture_folder(pictures):
+                write_pictures(pictures, extractors, dataset)
         print(f"Wrote {len(dataset)} profiles into {output}.")
 
 

@@ -10,6 +10,7 @@ run goes on exactly where it stopped.
 
 import ctypes
 import errno
+import gc
 import json
 import os
 import platform
@@ -18,19 +19,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env, set_seed
 from datasets.exceptions import DatasetsError
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
@@ -39,7 +44,14 @@ from transformers.utils.logging import disable_progress_bar
 from dataset_scripts import ScreenError, build_dataset, fields_with, load_part, open_planes, simulate_screen
 from evaluation_wsdino import ProfileError
 from evaluation_wsdino.evaluate_profiles import collapse_verdict, evaluate_set
-from extract_profiles import load_parts, metadata_table, network_features, refuse_missing_processes
+from extract_profiles import (
+    Options,
+    Planes,
+    load_parts,
+    metadata_table,
+    network_stream,
+    refuse_missing_processes,
+)
 from modeling_wsdino import WSDinoConfig, WSDinoImageProcessor, WSDinoModel
 from modeling_wsdino.build_repository import build_combined_repository, build_repository
 from modeling_wsdino.convert_checkpoint import load_backbone
@@ -95,12 +107,19 @@ def parse_arguments(argv: list[str] | None) -> tuple[HfArgumentParser, TrainingA
 def check_launch(arguments: TrainingArguments) -> None:
     """Refuse a launch that would silently run fewer processes than asked, or in a precision the machine lacks."""
     refuse_missing_processes("train_accelerate.py")
-    native = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
-    if arguments.mixed_precision == "bf16" and not native:
+    trackers = ["all", *map(str, get_available_trackers())]
+    for name in arguments.trackers:
+        if name not in trackers:
+            known = ", ".join(trackers)
+            raise TrainingError(f"--trackers {name} is no installed tracker: install it, or use one of {known}.")
+    # While one process downloads a dataset, caches planes or evaluates, the others wait for hours rather than fail.
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(days=1))
+    on_gpu = state.device.type == "cuda"
+    if arguments.mixed_precision == "bf16" and not (on_gpu or torch.cpu._is_avx512_bf16_supported()):
         raise TrainingError(
             "--mixed_precision bf16 is about six times slower than float32 on this CPU: leave it at no."
         )
-    if arguments.mixed_precision == "fp16" and not torch.cuda.is_available():
+    if arguments.mixed_precision == "fp16" and not on_gpu:
         raise TrainingError("--mixed_precision fp16 needs a GPU: leave it at no.")
 
 
@@ -115,10 +134,24 @@ def choose_threads(arguments: TrainingArguments) -> None:
     alone = "ACCELERATE_MIXED_PRECISION" in os.environ and "WORLD_SIZE" not in os.environ
     if arguments.num_threads:
         torch.set_num_threads(arguments.num_threads)
-    elif alone and not torch.cuda.is_available():
+    elif alone and PartialState().device.type == "cpu":
         torch.set_num_threads(
             len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         )
+
+
+def on_main_process(accelerator: Accelerator, work: Callable[[], Any]) -> Any:
+    """What `work()` returns on the main process, on all of them; what it raises, all raise, so that nobody waits."""
+    answer, problem = None, None
+    if accelerator.is_main_process:
+        try:
+            answer = work()
+        except Exception as error:
+            problem = error
+    answer, problem = broadcast_object_list([answer, problem])
+    if problem is not None:
+        raise problem
+    return answer
 
 
 def load_screen(arguments: TrainingArguments, accelerator: Accelerator):
@@ -159,17 +192,22 @@ def load_screen(arguments: TrainingArguments, accelerator: Accelerator):
     return dataset, path
 
 
-def describe_run(arguments: TrainingArguments, dataset, path: str, accelerator: Accelerator) -> dict:
+def describe_run(
+    arguments: TrainingArguments, channels: list[str], dataset, path: str, accelerator: Accelerator
+) -> dict:
     """What settings.json says: arguments, versions, git state, dataset."""
 
     def git(*command: str) -> str | None:
-        done = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True)
+        try:
+            done = subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True)
+        except OSError:  # a machine without git
+            return None
         return done.stdout.strip() if done.returncode == 0 else None
 
     packages = ("torch", "transformers", "datasets", "accelerate", "numpy")
     sources = sorted(set(dataset["source"])) if "source" in dataset.column_names else []
     return {
-        "arguments": asdict(arguments),
+        "arguments": {**asdict(arguments), "channels": channels},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "git": {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain"))},
         "dataset": {
@@ -185,8 +223,11 @@ def describe_run(arguments: TrainingArguments, dataset, path: str, accelerator: 
     }
 
 
-def check_run_folder(arguments: TrainingArguments) -> None:
+def check_run_folder(arguments: TrainingArguments) -> dict | None:
     """Refuse a folder that holds something else, or this run with other settings.
+
+    Returns:
+        What a resumed run goes by, None for a new one: `dataset` as it was given, `fields` of it, `channels`.
 
     Raises:
         TrainingError: naming the folder and the settings that differ.
@@ -197,15 +238,42 @@ def check_run_folder(arguments: TrainingArguments) -> None:
         if not arguments.resume:
             raise TrainingError(f"{run} already holds a run: give --resume to continue it, or another --output_dir.")
         try:
-            before = dict(json.loads(settings.read_text())["arguments"])
+            recorded = json.loads(settings.read_text())
+            before = dict(recorded["arguments"])
+            fields, channels = recorded["dataset"]["fields"], list(before["channels"])
         except (ValueError, KeyError, TypeError) as error:
             raise TrainingError(f"{settings} is damaged ({error}): give another --output_dir.") from error
         changed = changed_settings(before, asdict(arguments))
         if changed:
             flags = ", ".join(f"--{name}" for name in changed)
             raise TrainingError(f"{run} holds a run with other settings ({flags}): give another --output_dir.")
+        return {"dataset": before["dataset"], "fields": fields, "channels": channels}
     elif run.exists() and (not run.is_dir() or {path.name for path in run.iterdir()} - UNBEGUN):
         raise TrainingError(f"{run} is not empty and holds no run: give another --output_dir.")
+    return None
+
+
+def channels_of_run(arguments: TrainingArguments, recorded: dict | None, dataset) -> list[str]:
+    """The channels of this launch, joined, in the dataset's order, by those that earlier launches of the run named."""
+    names = dict.fromkeys([*(recorded["channels"] if recorded else []), *arguments.channels])
+    if len(names) == len(arguments.channels):
+        return arguments.channels
+    return sorted(names, key=lambda name: [*dataset.column_names, name].index(name))
+
+
+def check_depths(arguments: TrainingArguments, channels: list[str], dataset) -> None:
+    """Refuse, before they are trained, channels whose towers cannot become one model.
+
+    Raises:
+        TrainingError: one is of 8 bits, another of 16, and no `--max_intensity` is common to them.
+    """
+    if len(channels) == 1 or arguments.max_intensity is not None:
+        return
+    present = [name for name in channels if name in dataset.column_names]
+    depths = {Planes(fields_with(dataset, [name]), name).like.dtype: name for name in present}
+    if len(depths) > 1:
+        which = " and ".join(f"{name} is {dtype}" for dtype, name in depths.items())
+        raise TrainingError(f"--channels: {which}, and one model cannot hold both: give each an --output_dir.")
 
 
 def begin_run(arguments: TrainingArguments, settings: dict, accelerator: Accelerator) -> FileLock:
@@ -215,22 +283,23 @@ def begin_run(arguments: TrainingArguments, settings: dict, accelerator: Acceler
     Raises:
         TrainingError: on every process, where another training holds the folder or has begun a run there meanwhile.
     """
-    run, problem = Path(arguments.output_dir), [None]
+    run = Path(arguments.output_dir)
     lock = FileLock(run / ".lock")
-    if accelerator.is_main_process:
+
+    def begin() -> None:
         run.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)
             check_run_folder(arguments)
             write_json(run / "settings.json", settings)
-        except Timeout:
-            problem = [f"another training is writing {run}: wait for its end, or give another --output_dir."]
-        except TrainingError as error:
+        except Timeout as error:
+            sentence = f"another training is writing {run}: wait for its end, or give another --output_dir."
+            raise TrainingError(sentence) from error
+        except TrainingError:
             lock.release()
-            problem = [str(error)]
-    (sentence,) = broadcast_object_list(problem)
-    if sentence:
-        raise TrainingError(sentence)
+            raise
+
+    on_main_process(accelerator, begin)
     return lock
 
 
@@ -239,6 +308,13 @@ def write_json(path: Path, content: dict) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(content, indent=2) + "\n")
     partial.replace(path)
+
+
+def set_aside(folder: Path) -> None:
+    """Rename a damaged checkpoint, so that it is not taken for a whole one and nothing is lost."""
+    aside = folder.with_name(folder.name + ".damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
 
 
 # ---------------------------------------------------------------------------------------------- networks
@@ -440,11 +516,22 @@ class ChannelRun:
         self._prepare_networks()
 
     def _prepare_evaluation(self, path: str) -> None:
-        """Load what `--eval_every` scores, before anything is trained, so that it cannot fail after hours."""
+        """Load what `--eval_every` scores and score noise in its place, so that nothing of it fails after hours."""
         self.evaluated = None
-        if self.arguments.eval_every and self.accelerator.is_main_process:
+
+        def load() -> None:
             dataset = load_parts(path, self.arguments.eval_parts, [self.channel])
             self.evaluated = metadata_table(dataset), open_planes(dataset, self.channel)
+            self._scores(np.random.default_rng(0).normal(size=(len(dataset), 2)))
+
+        if self.arguments.eval_every:
+            on_main_process(self.accelerator, load)
+
+    def _scores(self, features: np.ndarray) -> dict:
+        """`evaluate_set` of one row of features for each evaluated field."""
+        names = [f"{self.channel}_{index:04d}" for index in range(features.shape[1])]
+        profiles = pd.concat([self.evaluated[0], pd.DataFrame(features, columns=names)], axis=1)
+        return evaluate_set(profiles, details=False)
 
     def _prepare_networks(self) -> None:
         a = self.arguments
@@ -503,40 +590,66 @@ class ChannelRun:
         if self.accelerator.is_main_process and partial.exists():
             shutil.rmtree(partial)
         self.accelerator.wait_for_everyone()
+        problem = None
         try:
             self.accelerator.save_state(str(partial))
         except Exception as error:  # the writers of a full disk's files raise errors of their own, not OSError
+            problem = f"{type(error).__name__}: {error}"
+        problem = next(filter(None, gather_object([problem])), None)  # of any process, so that none waits for it
+        if problem:
             kept = self.checkpoints()
             raise TrainingError(
-                f"{partial} could not be written ({error}); {kept[0] if kept else 'no checkpoint'} is whole: "
+                f"{partial} could not be written ({problem}); {kept[0] if kept else 'no checkpoint'} is whole: "
                 "make room and give --resume."
-            ) from error
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
+            )
+
+        def complete() -> None:
             write_json(partial / "progress.json", {"step": step, "global_batch": self.data.global_batch})
             if target.exists():
                 shutil.rmtree(target)
             partial.replace(target)
             for old in self.checkpoints()[self.arguments.keep :]:
                 shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
+
+        on_main_process(self.accelerator, complete)
 
     def restore(self) -> int:
-        """Load the newest checkpoint that is whole; returns the step to go on with, 0 where there is none."""
-        for folder in self.checkpoints():
+        """Load the newest checkpoint that all processes can read; returns the step to go on with, 0 without any.
+
+        Damaged newer ones are set aside: when older ones are pruned, they would be kept for the newest.
+        """
+        (names,) = broadcast_object_list([[folder.name for folder in self.checkpoints()]])
+        damaged = []
+        for name in names:
+            folder, found, problem = self.folder / "checkpoints" / name, None, None
             try:
                 progress = json.loads((folder / "progress.json").read_text())
+                found = progress["step"], progress["global_batch"]
                 self.accelerator.load_state(str(folder))
             except Exception as error:  # whatever a damaged file raises, the next older checkpoint is the mend
-                self.accelerator.print(f"{folder} is damaged and skipped ({type(error).__name__}: {error}).")
+                problem = f"{type(error).__name__}: {error}"
+            # All processes take or skip it together, and go by what the main process found.
+            outcomes = gather_object([(found, problem)])
+            problem = next((problem for _, problem in outcomes if problem), None)
+            if problem and problem.split(":")[0].endswith("MemoryError"):
+                raise TrainingError(f"{folder} does not fit into memory ({problem}): make room and give --resume.")
+            if problem:
+                self.accelerator.print(f"{folder} is damaged and skipped ({problem}).")
+                damaged.append(folder)
                 continue
-            before, now = progress["global_batch"], self.data.global_batch
+            (step, before), now = outcomes[0][0], self.data.global_batch
             if before != now:
                 raise TrainingError(
                     f"{folder} was trained with {before} pairs a step and this launch makes {now} (processes x "
                     "--batch_size x --gradient_accumulation_steps): make them equal."
                 )
-            return progress["step"]
+            on_main_process(self.accelerator, lambda: [set_aside(folder) for folder in damaged])
+            return step
+        if damaged:
+            raise TrainingError(
+                f"{self.folder / 'checkpoints'} holds no checkpoint that every process can read ({problem}): put "
+                "--output_dir on a disk that all machines share, or remove that folder to start the channel again."
+            )
         return 0
 
     # ------------------------------------------------------------------------------------------ the loop
@@ -586,7 +699,8 @@ class ChannelRun:
                     accelerator.print(f"\n{self.channel}: stopped after step {step + 1}; --resume goes on from there.")
                     return False
         self._save_model(model_folder)
-        accelerator.end_training()
+        for tracker in accelerator.trackers:  # end_training would also end the process group, which others need
+            tracker.finish()
         return True
 
     def _step(self, step: int, micro_batches: list[dict]) -> dict[str, torch.Tensor]:
@@ -680,15 +794,13 @@ class ChannelRun:
 
     def _evaluate(self, step: int, bar) -> None:
         """NSC and NSCB of the teacher on all evaluated fields, appended to metrics.jsonl; the others wait."""
-        if self.accelerator.is_main_process:
-            metadata, planes = self.evaluated
-            backbone = self.accelerator.unwrap_model(self.teacher).backbone
-            features = network_features(
-                backbone, self._image_processor(), planes, self.arguments.batch_size, f"evaluate {self.channel}"
-            )
-            names = [f"{self.channel}_{index:04d}" for index in range(features.shape[1])]
-            profiles = pd.concat([metadata, pd.DataFrame(features, columns=names)], axis=1)
-            scores = evaluate_set(profiles, details=False)
+
+        def evaluate() -> None:
+            planes, backbone = self.evaluated[1], self.accelerator.unwrap_model(self.teacher).backbone
+            options = Options(self.arguments.batch_size, device=self.accelerator.device)
+            stream = network_stream(backbone, self._image_processor(), planes, options)
+            features = np.stack(list(tqdm(stream, total=len(planes), desc=f"evaluate {self.channel}", unit="field")))
+            scores = self._scores(features)
             wanted = ("nsc", "nscb", "nsc_correct", "nsc_total", "nscb_correct", "nscb_total")
             line = {
                 "step": step + 1,
@@ -700,7 +812,8 @@ class ChannelRun:
                 f"{self.channel}, epoch {line['epoch']:g}: NSC {scores['nsc_correct']}/{scores['nsc_total']}, "
                 f"NSCB {scores['nscb_correct']}/{scores['nscb_total']}"
             )
-        self.accelerator.wait_for_everyone()
+
+        on_main_process(self.accelerator, evaluate)
 
     def _report_collapse(self, line: dict, bar) -> None:
         """Say when the last monitors begin to look like a collapsed teacher, or cease to: days may hang on it."""
@@ -732,10 +845,8 @@ class ChannelRun:
         return line
 
     def _save_model(self, folder: Path) -> None:
-        if self.accelerator.is_main_process:
-            backbone = self.accelerator.unwrap_model(self.teacher).backbone
-            build_repository(folder, backbone, self._image_processor())
-        self.accelerator.wait_for_everyone()
+        backbone = self.accelerator.unwrap_model(self.teacher).backbone
+        on_main_process(self.accelerator, lambda: build_repository(folder, backbone, self._image_processor()))
 
     def _image_processor(self) -> WSDinoImageProcessor:
         return WSDinoImageProcessor(tile_size=self.arguments.tile_size, max_intensity=self.data.max_intensity)
@@ -755,32 +866,51 @@ def train(arguments: TrainingArguments) -> bool:
     Raises:
         TrainingError, ScreenError: settings or data that cannot be used.
     """
+    avoid_apple_gpu()
     check_launch(arguments)
     if arguments.init == "random":
         check_arguments(arguments, arguments.patch_size)
-    avoid_apple_gpu()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = arguments.tf32
     accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
     expected = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != expected:
         raise TrainingError(f"{expected} processes were launched but {accelerator.num_processes} work together.")
     choose_threads(arguments)
-    check_run_folder(arguments)
-    accelerator.wait_for_everyone()
+    recorded = on_main_process(accelerator, lambda: check_run_folder(arguments))
+    if recorded and arguments.dataset is None:
+        arguments = replace(arguments, dataset=recorded["dataset"])
     dataset, path = load_screen(arguments, accelerator)
     run = Path(arguments.output_dir)
+    if recorded and recorded["fields"] != len(dataset):
+        raise TrainingError(
+            f"{run} trains on {recorded['fields']} fields and --dataset {path} --part {arguments.part} has "
+            f"{len(dataset)}: give the dataset that it began with, or another --output_dir."
+        )
+    channels = channels_of_run(arguments, recorded, dataset)
+    check_depths(arguments, channels, dataset)
     with ExitStack() as held:
         for channel in arguments.channels:
             channel_run = ChannelRun(arguments, channel, dataset, run, path)
             # Only now, when every setting has proved usable, does the run begin to exist.
             if channel == arguments.channels[0]:
-                settings = describe_run(arguments, dataset, path, accelerator)
+                settings = describe_run(arguments, channels, dataset, path, accelerator)
                 held.callback(begin_run(arguments, settings, accelerator).release)
             if not channel_run.train():
                 return False
-        if accelerator.is_main_process and len(arguments.channels) > 1:
-            build_combined_repository(run / "model", {name: run / name / "model" for name in arguments.channels})
+        towers = {name: run / name / "model" for name in channels}
+
+        def join_towers() -> None:
+            if len(towers) > 1 and all(folder.exists() for folder in towers.values()):
+                build_combined_repository(run / "model", towers)
+
+        on_main_process(accelerator, join_towers)
     accelerator.print(f"Trained {', '.join(arguments.channels)} into {run}.")
+    accelerator.wait_for_everyone()
+    # The last holder of the process group joins its thread, which may need Python's lock to end: a network that is
+    # freed after the group would keep that lock and wait for ever.
+    del channel_run
+    gc.collect()
+    accelerator.end_training()
     return True
 
 
@@ -810,7 +940,11 @@ def main(argv: list[str] | None = None) -> None:
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
-        parser.exit(2, f"{parser.prog}: error: {error.filename} cannot be written ({error.strerror}).\n")
+        # A file that is open already has no name in the error of a full disk.
+        place = error.filename or f"A file in {arguments.output_dir}"
+        parser.exit(2, f"{parser.prog}: error: {place} cannot be written ({error.strerror}).\n")
+    except SafetensorError as error:  # weights that cannot be read are refused by name where they are read
+        parser.exit(2, f"{parser.prog}: error: A model in {arguments.output_dir} cannot be written ({error}).\n")
     if not finished:
         parser.exit(130)
 

@@ -15,6 +15,7 @@ weights: the float32 losses of every step and the gradients of the first one mus
 import argparse
 import json
 import multiprocessing
+import os
 import platform
 import statistics
 import tempfile
@@ -127,9 +128,8 @@ def largest_gradient_difference(first: dict, second: dict) -> float:
     return max(float((first[name] - second[name]).norm() / first[name].norm()) for name in first)
 
 
-def worker(kind: str, arguments, folder: str, rounds: int, connection) -> None:
+def worker(kind: str, device: str, arguments, folder: str, rounds: int, connection) -> None:
     """A process that holds one kind of step and takes one whenever it is asked: (seconds, loss)."""
-    device = "cuda" if torch.cuda.is_available() and "gpu" in kind else "cpu"
     if kind.startswith("plain"):
         run = make_run(arguments, screen(64), folder)
         plain = plain_of(run)
@@ -177,6 +177,8 @@ def main() -> None:
     if given.bf16 and not given.gpu and not torch.cpu._is_avx512_bf16_supported():
         parser.exit(2, "train_step: error: --bf16 was given, but this CPU does not compute in bfloat16.\n")
     device = "cuda" if given.gpu else "cpu"
+    if not given.gpu:
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # the workers', too: a run would take a GPU that is there
     _, arguments = train_accelerate.parse_arguments(["--preset", "paper", "--init", "random", "--channels", "dna"])
     batch = given.batch_size or (16 if given.gpu else 2)
     arguments = replace(arguments, batch_size=batch, drop_path_rate=0.0, warmup_epochs=0, freeze_last_layer_epochs=0)
@@ -191,8 +193,8 @@ def main() -> None:
         workers = {}
         for kind in kinds:
             mine, theirs = context.Pipe()
-            name = kind + (" gpu" if given.gpu else "")
-            process = context.Process(target=worker, args=(name, arguments, folder, given.rounds, theirs), daemon=True)
+            words = (kind, device, arguments, folder, given.rounds, theirs)
+            process = context.Process(target=worker, args=words, daemon=True)
             process.start()
             assert mine.recv() == "ready"
             workers[kind] = mine

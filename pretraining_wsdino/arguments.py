@@ -123,7 +123,9 @@ class TrainingArguments:
     """Every setting of a run, with the paper's recipe, as its released code runs it, as defaults."""
 
     preset: str = setting("demo", f"Named settings, overridden by any flag given: {', '.join(PRESETS)}.")
-    dataset: str | None = setting(None, "Built dataset folder or Hub id. Without it a small screen is simulated.")
+    dataset: str | None = setting(
+        None, "Built dataset folder or Hub id. Without it a run resumes on its own, and a new one simulates a screen."
+    )
     part: str = setting("annotated", "Configuration of the dataset to train on.")
     channels: list[str] = setting(["dna", "tubulin", "actin"], "Image columns, one network each.")
     weak_label: str = setting("compound", "none (plain DINO), treatment, compound, moa, or any column of the dataset.")
@@ -205,8 +207,10 @@ class TrainingArguments:
     trackers: list[str] = setting([], "Accelerate trackers beside metrics.jsonl, e.g. tensorboard wandb.")
 
 
-# Settings that may differ between a run and its resumption, since none changes what is learned. Of `batch_size` and
-# the accumulation only the product with the number of processes matters, and the loop checks that one.
+# Settings that may differ between a run and its resumption. The dataset may have moved; the loop checks its size, and
+# goes on with the run's own where none is given. Of `batch_size` and the accumulation the loop checks the product with
+# the number of processes, which the draws depend on: beyond rounding it alone matters to the moving centre, whereas
+# Sinkhorn balances each micro-batch over all processes, and KoLeo looks for neighbours in a process's own micro-batch.
 FREE_ON_RESUME = set(
     "preset dataset channels output_dir resume tf32 compile gradient_checkpointing stop_after_epoch max_steps "
     "batch_size gradient_accumulation_steps save_every keep eval_every eval_parts log_every num_workers num_threads "

@@ -10,6 +10,7 @@ processes draw the same slot (the released code's did), and resuming at step n c
 """
 
 from collections.abc import Iterator, Sequence
+from mmap import mmap
 from typing import NamedTuple
 
 import numpy as np
@@ -266,6 +267,20 @@ class PlanePairs(Dataset):
         row = (lambda i: i) if self.rows is None else (lambda i: int(self.rows[i]))
         return pair, self.planes[row(pair.anchor)], self.planes[row(pair.partner)]
 
+    def __getstate__(self) -> dict:
+        """With a whole memory map's file in place of its content, of which each spawned worker would hold a copy."""
+        planes, state = self.planes, dict(self.__dict__)
+        if isinstance(planes, np.memmap) and isinstance(planes.base, mmap) and planes.flags.c_contiguous:
+            state["planes"] = None
+            state["file"] = (planes.filename, planes.dtype, "r", planes.offset, planes.shape)
+        return state
+
+    def __setstate__(self, state: dict) -> None:
+        file = state.pop("file", None)
+        self.__dict__ |= state
+        if file:
+            self.planes = np.memmap(*file)
+
 
 class WeakLabelPairCollator:
     """Cuts the global crops out of the anchors and the local crops out of the partners, as one batch of windows.
@@ -287,7 +302,7 @@ class WeakLabelPairCollator:
         """Windows and boxes, view-major: the first `len(items)` windows are everyone's first view, and so on.
 
         Returns:
-            `{"global": {...}, "local": {...}, "anchors": (batch,), "partners": (batch,)}`, each part
+            `{"global": {...}, "local": {...}, "anchors": (batch,), "partners": (batch,)}`, each part that has crops
             `{"windows": (views * batch, tallest, widest) uint16 or uint8, zero-padded, "sizes": (views * batch, 2),
             "flips": (views * batch, 2) bool}` as `resize_windows` takes them.
         """
@@ -296,7 +311,7 @@ class WeakLabelPairCollator:
             random = keyed_generator(self.seed, CROP_STREAM, pair.step, pair.slot)
             for part, spec, plane in (("global", self.global_crops, anchor), ("local", self.local_crops, partner)):
                 chosen[part].append((plane, draw_boxes(random, spec, plane.shape)))
-        batch = {part: self._windows(rows) for part, rows in chosen.items()}
+        batch = {part: self._windows(rows) for part, rows in chosen.items() if len(rows[0][1])}
         batch["anchors"] = torch.tensor([pair.anchor for pair, _, _ in items])
         batch["partners"] = torch.tensor([pair.partner for pair, _, _ in items])
         return batch

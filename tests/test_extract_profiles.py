@@ -344,6 +344,51 @@ def test_tiles_of_the_whole_field(run, tiny_screen):
         np.testing.assert_allclose(features_of(table).iloc[number], expected, atol=2e-4)
 
 
+def test_fields_smaller_than_the_grid_of_tiles(run, tmp_path, capsys):
+    """All of such a field fits in tiles; statistics need none, and pictures show as much as there is."""
+    rng = np.random.default_rng(0)
+    planes = [rng.integers(0, 12_000, (44, 50)).astype(np.uint16) for _ in range(3)]
+    words = (run, "--dataset", small_dataset(tmp_path / "small", planes), "--parts", "all", "--channels", "dna")
+    assert "smaller than the 64x64" in refused(capsys, *words, "--sets", "trained")
+    extract(*words, "--sets", "intensity", "count")
+    extract(*words, "--sets", "trained", "--tiles", "full")
+    profiles = {name: pd.read_parquet(run / "profiles" / f"{name}.parquet") for name in ("trained", "count")}
+    model = WSDinoModel.from_pretrained(run / "dna" / "model").eval()
+    for number, plane in enumerate(planes):
+        expected = plain_features(model, plane, [(top, left) for top in (0, 12) for left in (0, 18)])
+        np.testing.assert_allclose(features_of(profiles["trained"]).iloc[number], expected, atol=2e-4)
+        np.testing.assert_array_equal(features_of(profiles["count"]).iloc[number], nuclear_features(plane, 10_000))
+    assert {path.name for path in (run / "pictures").iterdir()} == {"fields_dna.png", "attention_dna.png"}
+
+
+def test_a_place_that_takes_no_pictures_is_told_before_extracting(run, tmp_path, capsys, monkeypatch, tiny_screen):
+    (tmp_path / "file").write_text("not a folder")
+    output = tmp_path / "p.parquet"
+    words = ("--model", run / "dna" / "model", "--dataset", tiny_screen, "--parts", "dmso", "--output", output)
+    for place in (tmp_path / "file", tmp_path / "file" / "pictures"):
+        said = refused(capsys, *words, "--pictures", place)
+        assert f"no pictures can be written into {place}" in said and not output.exists()
+    (run / "pictures").write_text("not a folder")
+    assert "no pictures can be written into" in refused(capsys, run, "--sets", "intensity")
+    assert not (run / "profiles").exists()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(extract_profiles, "save_sheet", full)
+    said = refused(capsys, *words, "--pictures", tmp_path / "pictures")
+    assert "(No space left on device)" in said and output.exists()
+
+
+def test_a_network_runs_where_it_lies_unless_told(monkeypatch):
+    """A training process's network is on its own GPU, which need not be the first."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    model, plane = make_model(["dna"]), np.full((64, 80), 3000, np.uint16)
+    for options in (extract_profiles.Options(), extract_profiles.Options(device=torch.device("cpu"))):
+        (features,) = extract_profiles.network_stream(model, WSDinoImageProcessor(tile_size=32), [plane], options)
+        np.testing.assert_allclose(features, plain_features(model, plane, PAPER), atol=2e-4)
+
+
 def test_half_precision_is_close_and_another_set(run):
     extract(run, "--sets", "trained", "--channels", "dna")
     path = run / "profiles" / "trained.parquet"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import load_dataset
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import train_accelerate
@@ -143,10 +144,11 @@ def test_a_second_run_that_began_at_the_same_moment_is_refused(tiny_screen, tmp_
     write = train_accelerate.check_run_folder
 
     def as_the_other_begins(arguments):
-        write(arguments)
+        found = write(arguments)
         if not (tmp_path / "run").exists():
             (tmp_path / "run").mkdir()
             (tmp_path / "run" / "settings.json").write_text("{}")
+        return found
 
     monkeypatch.setattr(train_accelerate, "check_run_folder", as_the_other_begins)
     with pytest.raises(SystemExit) as ended:
@@ -212,6 +214,22 @@ def test_a_full_disk_during_a_checkpoint_leaves_the_last_one_whole(tiny_screen, 
     assert all(
         torch.equal(tensor, weights(tmp_path / "run")[name]) for name, tensor in weights(tmp_path / "whole").items()
     )
+
+
+@pytest.mark.parametrize("where", ["the log", "the model"])
+def test_a_full_disk_at_the_end_is_told_in_a_sentence(tiny_screen, tmp_path, monkeypatch, capsys, where):
+    """The errors of an open file and of the weights' writer name no file."""
+
+    def fill(*_):
+        raise OSError(28, "No space left on device") if where == "the log" else SafetensorError("no space left")
+
+    log, model = (train_accelerate.ChannelLog, "append"), (train_accelerate, "build_repository")
+    monkeypatch.setattr(*(log if where == "the log" else model), fill)
+    with pytest.raises(SystemExit) as ended:
+        train(tiny_screen, tmp_path / "run", "--epochs", "1")
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2 and str(tmp_path / "run") in said and "no space left" in said.lower()
+    assert "None" not in said
 
 
 def test_no_pickle_of_a_checkpoint_is_executed(tiny_screen, tmp_path, capsys):

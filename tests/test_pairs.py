@@ -1,5 +1,7 @@
 """Weak-label pairs against enumeration and chi-square; the collator against one-at-a-time cutting."""
 
+import pickle
+
 import numpy as np
 import pytest
 from scipy.stats import chisquare
@@ -263,3 +265,17 @@ def test_collator_cuts_global_crops_from_anchors_and_local_crops_from_partners(s
                 np.testing.assert_array_equal(there, cut)
             crops = resize_windows(own["windows"], own["sizes"], own["flips"], 8, 10_000.0)
             assert crops.shape == (views * 6, 1, 8, 8)
+
+
+def test_a_memory_map_is_pickled_as_its_file(tmp_path):
+    """What a spawned loader process is sent; a part of a map, which has no file of its own, goes as its values."""
+    planes = np.stack([field_of(row) for row in range(9)])
+    np.save(tmp_path / "planes.npy", planes)
+    mapped = np.load(tmp_path / "planes.npy", mmap_mode="r")
+    sent = pickle.dumps(PlanePairs(mapped, rows=[3, 5]))
+    assert len(sent) < 1000
+    received = pickle.loads(sent)
+    assert isinstance(received.planes, np.memmap) and received.rows == [3, 5]
+    np.testing.assert_array_equal(received.planes, planes)
+    for part in (mapped[2:], planes):
+        np.testing.assert_array_equal(pickle.loads(pickle.dumps(PlanePairs(part))).planes, part)

@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import datasets
@@ -21,6 +22,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file
+from tqdm.auto import tqdm
 from transformers import AutoModel
 
 import train_accelerate
@@ -148,6 +150,12 @@ def test_resume_in_mid_epoch_is_exact(tiny_screen, tmp_path):
     assert timeless(tmp_path / "parts") == timeless(tmp_path / "whole")
 
 
+def test_a_machine_without_git_trains(tiny_screen, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    train(tiny_screen, tmp_path / "run", "--channels", "dna", "--max_steps", "1")
+    assert json.loads((tmp_path / "run" / "settings.json").read_text())["git"]["commit"] is None
+
+
 def test_training_moves_the_weights_and_logs_the_schedules(tiny_screen, tmp_path):
     train(
         tiny_screen,
@@ -216,6 +224,192 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_used(tiny_screen, tmp_p
     assert f"{newest} is damaged" in capsys.readouterr().out
     for name, tensor in weights(tmp_path / "whole").items():
         assert torch.equal(tensor, weights(tmp_path / "hurt")[name]), name
+
+
+def test_a_damaged_checkpoint_is_not_kept_for_the_newest(tiny_screen, tmp_path):
+    """The one that was skipped has a higher step than those that are written next; nothing of it is lost."""
+    flags = ("--channels", "dna", "--epochs", "4", "--save_every", "1")
+    train(tiny_screen, tmp_path, *flags, "--stop_after_epoch", "3", "--keep", "2")
+    folder = tmp_path / "dna" / "checkpoints"
+    older, newer = sorted(path.name for path in folder.iterdir())
+    (folder / newer / "optimizer.bin").write_bytes(b"hurt")
+    train(tiny_screen, tmp_path, *flags, "--resume", "--keep", "1", "--max_steps", str(int(older[-8:]) + 1))
+    assert {path.name for path in folder.iterdir()} == {f"step_{int(older[-8:]) + 1:08d}", f"{newer}.damaged"}
+
+
+def test_a_run_of_which_no_checkpoint_can_be_read_is_not_begun_anew(tiny_screen, tmp_path, capsys):
+    """Its weights can be read and its optimiser cannot: they may not be taken for those of step 0."""
+    flags = ("--channels", "dna", "--epochs", "2", "--save_every", "1")
+    train(tiny_screen, tmp_path, *flags, "--stop_after_epoch", "1")
+    (checkpoint,) = (tmp_path / "dna" / "checkpoints").iterdir()
+    before = lines(tmp_path)
+    (checkpoint / "optimizer.bin").write_bytes(b"hurt")
+    with pytest.raises(SystemExit) as ended:
+        train(tiny_screen, tmp_path, *flags, "--resume")
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2 and f"{checkpoint.parent} holds no checkpoint that" in said
+    assert checkpoint.exists() and lines(tmp_path) == before
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_a_checkpoint_that_does_not_fit_into_memory_is_not_damaged(tiny_screen, tmp_path, capsys, monkeypatch, error):
+    flags = ("--channels", "dna", "--epochs", "2", "--save_every", "1")
+    train(tiny_screen, tmp_path, *flags)
+    load = train_accelerate.Accelerator.load_state
+    calls = []
+
+    def full(self, folder):
+        calls.append(folder)
+        if len(calls) == 1:
+            raise error("tried to allocate 2 GiB")
+        return load(self, folder)
+
+    monkeypatch.setattr(train_accelerate.Accelerator, "load_state", full)
+    kept = sorted((tmp_path / "dna" / "checkpoints").iterdir())
+    with pytest.raises(SystemExit) as ended:
+        train(tiny_screen, tmp_path, *flags, "--resume")
+    assert ended.value.code == 2 and f"{kept[-1]} does not fit into memory" in capsys.readouterr().err
+    assert sorted((tmp_path / "dna" / "checkpoints").iterdir()) == kept
+
+
+@pytest.mark.slow
+def test_two_processes_skip_what_one_of_them_cannot_read(tiny_screen, tmp_path):
+    """Rank 1 finds the newest checkpoint damaged: both go on from the older one; with no whole one, both end."""
+    flags = ["--dataset", str(tiny_screen), *SMALL, "--channels", "dna", "--epochs", "2", "--save_every", "1"]
+    run = tmp_path / "run"
+    train(tiny_screen, run, *flags[2:])
+    older, newest = sorted((run / "dna" / "checkpoints").iterdir())
+    hurt = """
+import os, sys, train_accelerate
+load = train_accelerate.Accelerator.load_state
+def hurt(self, folder):
+    if os.environ["RANK"] == "1" and folder.endswith(tuple(os.environ["HURT"].split())):
+        raise OSError("stale handle")
+    return load(self, folder)
+train_accelerate.Accelerator.load_state = hurt
+train_accelerate.main(sys.argv[1:])
+"""
+    (tmp_path / "hurt.py").write_text(hurt)
+    launch = [
+        *("-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2"),
+        *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+        *(str(tmp_path / "hurt.py"), *flags, "--batch_size", "2", "--output_dir", str(run), "--resume"),
+        *("--max_steps", str(int(older.name[-8:]) + 1)),
+    ]
+    settings = {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    done = command(*launch, **settings, HURT=f"{older.name} {newest.name}")
+    assert done.returncode != 0 and done.stderr.count("holds no checkpoint that every process can read") == 2
+    assert newest.exists()
+    done = command(*launch, **settings, HURT=newest.name)
+    assert done.returncode == 0, done.stderr
+    assert f"{newest} is damaged and skipped (OSError: stale handle)" in done.stdout
+    assert not newest.exists() and lines(run)[-1]["step"] == int(older.name[-8:]) + 1
+
+
+def test_a_run_resumes_on_its_own_dataset(tiny_screen, tmp_path, capsys, monkeypatch):
+    """Without --dataset it goes on with the recorded one, not a simulated; another number of fields is refused."""
+    monkeypatch.chdir(tmp_path)
+    fields = datasets.load_dataset(str(tiny_screen), "annotated", split="train")
+    fields.to_parquet(tmp_path / "screen" / "train.parquet")
+    flags = [*SMALL, "--part", "default", "--output_dir", "run", "--channels", "dna"]
+    train_accelerate.main(["--dataset", "./screen", *flags, "--max_steps", "1"])
+    train_accelerate.main([*flags, "--max_steps", "2", "--resume"])
+    settings = json.loads((tmp_path / "run" / "settings.json").read_text())
+    assert settings["dataset"]["path"] == settings["arguments"]["dataset"] == "./screen"
+    assert lines(tmp_path / "run")[-1]["step"] == 2 and not (tmp_path / "data").exists()
+    fields.select(range(60)).to_parquet(tmp_path / "screen" / "train.parquet")
+    with pytest.raises(SystemExit) as ended:
+        train_accelerate.main([*flags, "--max_steps", "3", "--resume"])
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2 and "trains on 72 fields and --dataset ./screen --part default has 60" in said
+
+
+def test_a_run_keeps_the_channels_of_all_its_launches(tiny_screen, tmp_path):
+    """Whoever trains one channel after the other ends with all of them, and with the model that joins them."""
+    train(tiny_screen, tmp_path, "--channels", "tubulin", "--max_steps", "1")
+    train(tiny_screen, tmp_path, "--channels", "dna", "--max_steps", "1", "--resume")
+    recorded = json.loads((tmp_path / "settings.json").read_text())["arguments"]["channels"]
+    joined = AutoModel.from_pretrained(tmp_path / "model", trust_remote_code=True).config.channel_names
+    assert recorded == joined == ["dna", "tubulin"]
+
+
+def test_where_a_gpu_is_left_alone_nothing_asks_for_it(tiny_screen, tmp_path, monkeypatch, capsys):
+    """ACCELERATE_USE_CPU on a machine with a GPU: the evaluation stays on the CPU, and fp16 is refused."""
+    flags = [*SMALL, "--channels", "tubulin", "--eval_every", "1", "--output_dir", str(tmp_path)]
+    _, arguments = train_accelerate.parse_arguments(flags)
+    dataset = datasets.load_dataset(str(tiny_screen), "annotated", split="train")
+    run = train_accelerate.ChannelRun(arguments, "tubulin", dataset, tmp_path, str(tiny_screen))
+    run.log.open(0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    run._evaluate(0, tqdm(disable=True))
+    assert {parameter.device.type for parameter in run.teacher.parameters()} == {"cpu"}
+    assert "nsc" in lines(tmp_path, "tubulin")[-1]
+    with pytest.raises(train_accelerate.TrainingError, match="fp16 needs a GPU"):
+        train_accelerate.check_launch(replace(arguments, mixed_precision="fp16"))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    train_accelerate.choose_threads(arguments)
+    assert chosen == [len(os.sched_getaffinity(0))]
+
+
+def test_networks_are_freed_before_the_process_group_ends(tiny_screen, tmp_path, monkeypatch):
+    """Freed after it, PyTorch now and then joins a thread of gloo under the lock that this thread waits for."""
+    prepare, students, alive = train_accelerate.ChannelRun._prepare_networks, [], []
+
+    def note(self):
+        prepare(self)
+        students.append(weakref.ref(self.student))
+
+    monkeypatch.setattr(train_accelerate.ChannelRun, "_prepare_networks", note)
+    monkeypatch.setattr(Accelerator, "end_training", lambda self: alive.extend(one() for one in students))
+    train(tiny_screen, tmp_path, "--channels", "dna", "tubulin", "--max_steps", "1")
+    assert alive == [None, None]
+
+
+def test_processes_wait_for_one_that_works_for_hours(monkeypatch):
+    asked = {}
+    state = train_accelerate.PartialState()
+    monkeypatch.setattr(train_accelerate, "PartialState", lambda **given: asked.update(given) or state)
+    train_accelerate.check_launch(train_accelerate.TrainingArguments())
+    assert asked["timeout"].days == 1
+
+
+@pytest.mark.parametrize("missing", ["moa", "batch", "labels", "controls"])
+def test_what_cannot_be_evaluated_is_told_before_training(tiny_screen, tmp_path, capsys, missing):
+    """The evaluated part lacks a column, every mechanism or every control: refused before the first step."""
+    dataset = datasets.load_dataset(str(tiny_screen), "all", split="train")
+    if missing in ("moa", "batch"):
+        dataset = dataset.remove_columns(missing)
+    elif missing == "labels":
+        dataset = dataset.remove_columns("moa").add_column("moa", [""] * len(dataset))
+    else:
+        dataset = dataset.select([row for row, name in enumerate(dataset["compound"]) if name != "DMSO"])
+    dataset.to_parquet(tmp_path / "screen" / "train.parquet")
+    flags = ("--channels", "dna", "--part", "default", "--eval_parts", "default", "--eval_every", "1")
+    with pytest.raises(SystemExit) as ended:
+        train(tmp_path / "screen", tmp_path / "run", *flags)
+    assert ended.value.code == 2 and "error:" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_channels_of_different_depth_are_refused_before_they_are_trained(tmp_path, capsys):
+    random = np.random.default_rng(0)
+    images = {
+        name: [Image.fromarray(random.integers(0, 255, (66, 90)).astype(dtype)) for _ in range(4)]
+        for name, dtype in (("er", np.uint8), ("golgi", np.uint16))
+    }
+    own = Dataset.from_dict({**images, "gene": ["TP53", "MYC"] * 2})
+    for name in images:
+        own = own.cast_column(name, datasets.Image())
+    own.to_parquet(tmp_path / "screen" / "train.parquet")
+    flags = ["--part", "default", "--weak_label", "gene", "--max_steps", "1", "--channels", "er", "golgi"]
+    with pytest.raises(SystemExit) as ended:
+        train(tmp_path / "screen", tmp_path / "run", *flags)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2 and "er is uint8 and golgi is uint16" in said
+    assert not (tmp_path / "run").exists()
 
 
 def test_checkpoints_are_pruned_to_the_newest(tiny_screen, tmp_path):
@@ -316,6 +510,7 @@ REFUSALS = [
     (["--eval_every", "1", "--eval_parts", "moon"], "moon"),
     (["--eval_every", "-1"], "--eval_every is -1"),
     (["--local_crops", "0", "--global_crops", "1"], "single view"),
+    (["--trackers", "tensorbord"], "--trackers tensorbord is no installed tracker"),
 ]
 
 
@@ -403,13 +598,13 @@ def test_a_launch_of_fewer_processes_than_asked_is_refused(tiny_screen, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("centering", ["mean", "sinkhorn"])
 def test_two_processes_train_as_one(tiny_screen, tmp_path, centering):
-    """Same global batch on one process and on two (gloo): equal weights within float32's rounding.
+    """Same global batch on one process and on two (gloo): equal weights within float32's rounding, in every channel.
 
     KoLeo is left out: it looks for neighbours among each process's own images, as in DINOv2. The learning rate is low
     because AdamW moves weights whose true gradient is 0 (a key's bias) by rounding noise, a whole rate a step.
     """
-    flags = ["--dataset", str(tiny_screen), *SMALL, "--channels", "tubulin", "--epochs", "2", "--centering", centering]
-    flags += ["--koleo_weight", "0", "--learning_rate", "1e-4"]
+    flags = ["--dataset", str(tiny_screen), *SMALL, "--channels", "dna", "tubulin", "--epochs", "2"]
+    flags += ["--centering", centering, "--koleo_weight", "0", "--learning_rate", "1e-4"]
     train(tiny_screen, tmp_path / "one", *flags[2:])
     done = command(
         *("-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2"),
@@ -419,11 +614,13 @@ def test_two_processes_train_as_one(tiny_screen, tmp_path, centering):
     )
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "two" / "settings.json").read_text())["processes"] == 2
-    expected = weights(tmp_path / "one", "tubulin")
-    for name, tensor in weights(tmp_path / "two", "tubulin").items():
-        torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=1e-3)
-    losses = [[line["loss"] for line in lines(tmp_path / run, "tubulin")] for run in ("one", "two")]
-    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+    for channel in ("dna", "tubulin"):
+        expected = weights(tmp_path / "one", channel)
+        for name, tensor in weights(tmp_path / "two", channel).items():
+            torch.testing.assert_close(tensor, expected[name], atol=1e-4, rtol=1e-3)
+        losses = [[line["loss"] for line in lines(tmp_path / run, channel)] for run in ("one", "two")]
+        np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
+    assert (tmp_path / "two" / "model" / "model.safetensors").exists()
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """A real training step against the plain one: loss, gradients, AdamW, centre, teacher, with drop path and freezing."""
 
 import copy
+import multiprocessing
+import os
 from pathlib import Path
 
 import datasets
@@ -10,6 +12,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 import train_accelerate
+from benchmarks import train_step
 from benchmarks.plain_dino import PlainDino
 from pretraining_wsdino import TrainingArguments, cosine_schedule
 
@@ -31,7 +34,7 @@ def screen(dtype=np.uint16, rows=12):
     )
 
 
-def channel_run(folder, dataset=None, **changes) -> train_accelerate.ChannelRun:
+def arguments_of(**changes) -> TrainingArguments:
     settings = {
         "channels": ["er"],
         "weak_label": "gene",
@@ -56,7 +59,11 @@ def channel_run(folder, dataset=None, **changes) -> train_accelerate.ChannelRun:
         "final_weight_decay": 0.4,
         **changes,
     }
-    return train_accelerate.ChannelRun(TrainingArguments(**settings), "er", dataset or screen(), Path(folder))
+    return TrainingArguments(**settings)
+
+
+def channel_run(folder, dataset=None, **changes) -> train_accelerate.ChannelRun:
+    return train_accelerate.ChannelRun(arguments_of(**changes), "er", dataset or screen(), Path(folder))
 
 
 def micro_batches(run, step):
@@ -256,3 +263,54 @@ def test_whitening_sinkhorn_and_koleo_enter_the_step(tmp_path):
     for name, parameter in copied.named_parameters():
         if name in seen and not name.endswith("key.bias"):
             assert (seen[name] - parameter.grad).norm() <= 2e-3 * parameter.grad.norm() + 1e-6, name
+
+
+def test_without_local_crops_the_global_views_learn_from_each_other(tmp_path):
+    """As many crops as the limits allow at least: the loss is that of the two views' four logits, by hand."""
+    run = channel_run(tmp_path, local_crops=0, drop_path_rate=0.0)
+    (batch,) = micro_batches(run, 0)
+    assert set(batch) == {"global", "anchors", "partners"}
+    views = [run._views(batch["global"], 32)]
+    with torch.no_grad():
+        student, teacher = (network(views)[0].split(BATCH) for network in (run.student, run.teacher))
+    terms = [
+        -(torch.softmax(target / 0.04, 1) * torch.log_softmax(view / 0.07, 1)).sum(1).mean()
+        for target, view in zip(teacher, student[::-1], strict=True)
+    ]
+    assert float(run._step(0, [batch])["loss"]) == pytest.approx(float(sum(terms)) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_benchmark_finds_the_gradients_of_both_steps(tmp_path, monkeypatch, device):
+    """On either device the workers leave them under the names that the benchmark then reads, and they agree."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
+    changes = {"drop_path_rate": 0.0, "freeze_last_layer_epochs": 0, "global_crop_area": [0.004, 0.008]}
+    arguments = arguments_of(channels=["dna"], weak_label="compound", local_crop_area=[0.001, 0.002], **changes)
+    losses = []
+    for kind in ("plain float32", "ours float32"):
+        mine, theirs = multiprocessing.Pipe()
+        mine.send(0)
+        mine.send(None)
+        train_step.worker(kind, device, arguments, str(tmp_path), 0, theirs)
+        assert mine.recv() == "ready"
+        losses.append(mine.recv()[1])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    gradients = [torch.load(tmp_path / f"{kind} float32.pt") for kind in ("plain", "ours")]
+    assert train_step.largest_gradient_difference(*gradients) < 1e-3
+
+
+def test_the_benchmark_of_a_cpu_leaves_a_gpu_alone(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
+    monkeypatch.setattr("sys.argv", ["train_step"])
+
+    class Begun(Exception):
+        pass
+
+    def begin(method):
+        raise Begun
+
+    monkeypatch.setattr(multiprocessing, "get_context", begin)
+    with pytest.raises(Begun):
+        train_step.main()
+    assert os.environ["ACCELERATE_USE_CPU"] == "true"
