@@ -94,7 +94,7 @@ def test_the_permutation_null_keeps_compounds_whole_and_skips_left_out_queries()
 
 
 def test_the_permutation_null_deals_no_label_of_a_mechanism_that_is_left_out():
-    """As in NSCB: no query of it is scored and no candidate has it, so that none of the scored ones may be given it."""
+    """As in NSCB: no query of it is scored and no candidate has it, so none of the scored ones may be given it."""
     moas, neighbours = list("xxyyzzzz"), [1, 0, 3, 1, 5, 4, 7, 6]
     many = queries(moas, neighbours)
     for query in many[4:]:
