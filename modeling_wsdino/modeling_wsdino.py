@@ -242,6 +242,8 @@ class WSDinoPreTrainedModel(PreTrainedModel):
         named = getattr(known, "architectures", None) or [cls.__name__]
         classes = {tower.__name__: tower for tower in (WSDinoModel, WSDinoMultiChannelModel)}
         right = cls if cls.__name__ in named else classes.get(named[0], cls)
+        if right is not cls:  # without the mark of a class that came with a repository, saving leaves out its code
+            right._auto_class = cls._auto_class
         load = super(WSDinoPreTrainedModel, right).from_pretrained
         return load(pretrained_model_name_or_path, *model_args, config=config, **kwargs)
 

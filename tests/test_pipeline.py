@@ -297,6 +297,19 @@ def test_a_saved_pipeline_loads_again(tmp_path):
         assert (tmp_path / "saved" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
 
 
+def test_one_tower_is_saved_whole_after_the_combined_model_of_the_same_name(tmp_path):
+    """As of `run/model` and `run/dna/model`: AutoModel takes the class of the first for the second, too."""
+    one, both = tmp_path / "one" / "alike", tmp_path / "both" / "alike"
+    build_repository(one, make_model(["dna"]), WSDinoImageProcessor(tile_size=32))
+    build_repository(both, make_model(["dna", "actin"]), WSDinoImageProcessor(tile_size=32))
+    pipeline("feature-extraction", model=str(both), trust_remote_code=True, device="cpu")
+    loaded = pipeline("feature-extraction", model=str(one), trust_remote_code=True, device="cpu")
+    loaded.save_pretrained(tmp_path / "saved")
+    again = pipeline("feature-extraction", model=str(tmp_path / "saved"), trust_remote_code=True, device="cpu")
+    (field,) = make_fields(1, 1)
+    assert again(field) == loaded(field)
+
+
 def test_a_compiled_model_gives_the_same_features():
     fields = make_fields(3, 1)
     pipe = make_pipeline()
