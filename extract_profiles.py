@@ -25,11 +25,12 @@ from datetime import timedelta
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from datasets import concatenate_datasets
 from datasets.exceptions import DatasetsError
@@ -450,8 +451,7 @@ def extract_channel(
     file: ProfileFile, channel: str, extractor: Extractor, dataset, options: Options, state: PartialState
 ) -> None:
     """Write this process's share of the shards that a channel lacks."""
-    missing = [file.missing(channel) if state.is_main_process else None]
-    (missing,) = broadcast_object_list(missing)  # of one moment: the others write while this one looks
+    missing = on_main_process(state, lambda: file.missing(channel))  # of one moment: the others write meanwhile
     shards = shards_of(
         my_batches(missing, options.batch_size, state.process_index, state.num_processes), options.shard_fields
     )
@@ -522,21 +522,36 @@ def begin_file(file: ProfileFile, state: PartialState) -> FileLock:
     Raises:
         ProfileError: on every process, where another extraction is writing, or nothing can be written.
     """
-    lock, problem = FileLock(file.folder / "lock"), [None]
-    if state.is_main_process:
+    lock = FileLock(file.folder / "lock")
+
+    def begin() -> None:
         try:
             file.start()
             lock.acquire(timeout=0)
             file.clear()
-        except Timeout:
-            problem = [f"Another extraction is writing {file.path}: wait for it, or name another output."]
-        except ProfileError as error:
+        except Timeout as error:
+            sentence = f"Another extraction is writing {file.path}: wait for it, or name another output."
+            raise ProfileError(sentence) from error
+        except ProfileError:
             lock.release()
-            problem = [str(error)]
-    (sentence,) = broadcast_object_list(problem)
-    if sentence:
-        raise ProfileError(sentence)
+            raise
+
+    on_main_process(state, begin)
     return lock
+
+
+def on_main_process(state: PartialState | Accelerator, work: Callable[[], Any]) -> Any:
+    """What `work()` returns on the main process, on all of them; what it raises, all raise, so that nobody waits."""
+    answer, problem = None, None
+    if state.is_main_process:
+        try:
+            answer = work()
+        except Exception as error:
+            problem = error
+    answer, problem = broadcast_object_list([answer, problem])
+    if problem is not None:
+        raise problem
+    return answer
 
 
 # ---------------------------------------------------------------------------------------------- pictures

@@ -19,20 +19,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env, set_seed
+from accelerate.utils import gather_object, parse_flag_from_env, set_seed
 from datasets.exceptions import DatasetsError
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -50,6 +49,7 @@ from extract_profiles import (
     load_parts,
     metadata_table,
     network_stream,
+    on_main_process,
     refuse_missing_processes,
 )
 from modeling_wsdino import WSDinoConfig, WSDinoImageProcessor, WSDinoModel
@@ -138,20 +138,6 @@ def choose_threads(arguments: TrainingArguments) -> None:
         torch.set_num_threads(
             len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         )
-
-
-def on_main_process(accelerator: Accelerator, work: Callable[[], Any]) -> Any:
-    """What `work()` returns on the main process, on all of them; what it raises, all raise, so that nobody waits."""
-    answer, problem = None, None
-    if accelerator.is_main_process:
-        try:
-            answer = work()
-        except Exception as error:
-            problem = error
-    answer, problem = broadcast_object_list([answer, problem])
-    if problem is not None:
-        raise problem
-    return answer
 
 
 def load_screen(arguments: TrainingArguments, accelerator: Accelerator):
@@ -618,7 +604,7 @@ class ChannelRun:
 
         Damaged newer ones are set aside: when older ones are pruned, they would be kept for the newest.
         """
-        (names,) = broadcast_object_list([[folder.name for folder in self.checkpoints()]])
+        names = on_main_process(self.accelerator, lambda: [folder.name for folder in self.checkpoints()])
         damaged = []
         for name in names:
             folder, found, problem = self.folder / "checkpoints" / name, None, None

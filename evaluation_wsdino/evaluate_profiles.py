@@ -51,6 +51,7 @@ from .profiles import (
     ProfileError,
     aggregate_profiles,
     feature_columns,
+    is_named,
     normalize_profiles,
     read_profiles,
 )
@@ -203,8 +204,7 @@ def evaluate_set(
     for column in ("Metadata_MOA", "Metadata_Batch"):
         if column not in profiles.columns:
             raise ProfileError(f"The profiles have no column {column}: extract them from a dataset that has it.")
-    batches = profiles["Metadata_Batch"]
-    if (batches.isna() | (batches.astype(str).str.strip() == "")).all():
+    if not is_named(profiles["Metadata_Batch"]).any():
         raise ProfileError("No field has a Metadata_Batch: name the batch of every field, one name if there was one.")
     with threadpool_limits(1 if profiles.size < ONE_THREAD_BELOW else None):
         return _evaluate_set(
@@ -215,7 +215,7 @@ def evaluate_set(
 def _evaluate_set(profiles, normalizer, group_by, unit, details, plot, retrieval, options):
     """The work of `evaluate_set`."""
     normalized = normalize_profiles(profiles, normalizer, group_by)
-    labelled = normalized["Metadata_MOA"].fillna("").astype(str).str.strip() != ""
+    labelled = is_named(normalized["Metadata_MOA"])
     if not (labelled & (normalized["Metadata_Compound"] != CONTROL)).any():
         raise ProfileError("No treated field has a Metadata_MOA: NSC needs the MOA of at least two compounds.")
     treatments = aggregate_profiles(normalized[labelled], unit=unit)
@@ -333,15 +333,14 @@ def compare_sets(first, second, prefix):
 
 def _counts(profiles):
     treated = profiles[profiles["Metadata_Compound"] != CONTROL]
-    moas = treated["Metadata_MOA"].fillna("").astype(str).str.strip()
-    scored = treated[moas != ""]
+    scored = treated[is_named(treated["Metadata_MOA"])]
     return {
         "fields": len(profiles),
         "dmso_fields": len(profiles) - len(treated),
         "treatments": int(treated["Metadata_Treatment"].nunique()),
         "scored_treatments": int(scored["Metadata_Treatment"].nunique()),
         "compounds": int(scored["Metadata_Compound"].nunique()),
-        "moas": int(moas[moas != ""].nunique()),
+        "moas": int(scored["Metadata_MOA"].astype(str).str.strip().nunique()),
         "plates": int(profiles["Metadata_Plate"].nunique()),
         "batches": int(profiles["Metadata_Batch"].nunique()),
     }
@@ -409,16 +408,17 @@ def _checkpoints(run, normalizer, progress, options):
 
 def _settings(run):
     path = run / "settings.json"
-    if not path.exists():
-        return None
+    return read_json(path, "restore it from the training") if path.exists() else None
+
+
+def read_json(path, mend):
+    """The content of a JSON file, or a ProfileError that names it and the mend."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ProfileError(
-            f"{path} is not JSON ({error.msg}, line {error.lineno}): restore it from the training."
-        ) from None
+        raise ProfileError(f"{path} is not JSON ({error.msg}, line {error.lineno}): {mend}.") from None
     except UnicodeDecodeError as error:
-        raise ProfileError(f"{path} is not text ({error.reason}): restore it from the training.") from None
+        raise ProfileError(f"{path} is not text ({error.reason}): {mend}.") from None
 
 
 def _finite(value):

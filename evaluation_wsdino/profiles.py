@@ -27,6 +27,11 @@ def feature_columns(profiles):
     return channels
 
 
+def is_named(names):
+    """Which values of a column name something: those not missing and not blank."""
+    return names.notna() & (names.astype(str).str.strip() != "")
+
+
 def check_profiles(profiles, source="the profile table"):
     """Raise ProfileError unless `profiles` has the columns needed, finite numbers, whole names, and no field twice."""
     for column in _NEEDED:
@@ -37,7 +42,7 @@ def check_profiles(profiles, source="the profile table"):
     _check_features(profiles, source)
     unnamed = set()
     for column in _NEEDED + tuple(name for name in _WHOLE if name in profiles.columns):
-        empty = profiles[column].isna() | (profiles[column].astype(str).str.strip() == "")
+        empty = ~is_named(profiles[column])
         if empty.all() and column in _WHOLE:
             unnamed.add(column)
         elif empty.any():

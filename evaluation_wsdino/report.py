@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .evaluate_profiles import SETS, compare_sets, read_metrics
+from .evaluate_profiles import SETS, compare_sets, read_json, read_metrics
 from .pictures import read_sheet
 from .profiles import ProfileError
 from .report_charts import bars, colour, confusion_table, line_chart, number, percent, scatter_map
@@ -30,17 +30,6 @@ _SET_NOTES = {
     "intensity": "mean, spread and percentiles of the pixels alone",
     "count": "nuclei counted, their size, shape and brightness",
 }
-
-
-def _load_json(path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ProfileError(
-            f"{path} is not JSON ({error.msg}, line {error.lineno}): run wsdino-evaluate again."
-        ) from None
-    except UnicodeDecodeError as error:
-        raise ProfileError(f"{path} is not text ({error.reason}): run wsdino-evaluate again.") from None
 
 
 def _data_uri(data, kind):
@@ -87,7 +76,7 @@ def load_run(folder, dataset=None):
     path = folder / "results.json"
     if not path.exists():
         raise ProfileError(f"{path} does not exist: run wsdino-evaluate {folder} first.")
-    results = _load_json(path)
+    results = read_json(path, "run wsdino-evaluate again")
     needed = {"simulated", "sources", "headline", "counts", "protocol", "sets", "versions"}
     whole = isinstance(results, dict) and results.get("format") == 1 and needed <= set(results)
     sets = results["sets"] if whole and isinstance(results["sets"], dict) else {}
@@ -201,8 +190,8 @@ def _table(head, rows, numeric=()):
 
 
 def _elsewhere(protocol):
-    """What NSCB asks of a neighbour beside another compound: ("batch", "batches") or ("plate", "plates")."""
-    return ("plate", "plates") if protocol.get("batch_rule") == "plate" else ("batch", "batches")
+    """Of what else NSCB asks for another one, beside the compound: "batch" or "plate"."""
+    return "plate" if protocol.get("batch_rule") == "plate" else "batch"
 
 
 def _headline(runs):
@@ -220,7 +209,7 @@ def _headline(runs):
         scores = results["sets"][name]
         for prefix, title, what in (
             ("nsc", "NSC", "treatments matched to the right mechanism through another compound"),
-            ("nscb", "NSCB", f"the same, through another compound of another {_elsewhere(results['protocol'])[0]}"),
+            ("nscb", "NSCB", f"the same, through another compound of another {_elsewhere(results['protocol'])}"),
         ):
             label = f"{run['name']}: {title}" if len(runs) > 1 else f"{title}, {name}"
             interval = _interval(scores, prefix)
@@ -659,7 +648,7 @@ def _neighbour_section(run, index, several):
         '<input type="search" placeholder="search treatments, mechanisms" aria-label="Search"></p>'
         f'<div class="scroll"><table class="plain neighbours" id="{identifier}"><thead><tr><th>Treatment</th>'
         "<th>Nearest, other compound (NSC)</th>"
-        f"<th>Nearest, other compound and {_elsewhere(run['results']['protocol'])[0]} (NSCB)</th></tr></thead>"
+        f"<th>Nearest, other compound and {_elsewhere(run['results']['protocol'])} (NSCB)</th></tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div></details>"
     )
 
@@ -816,7 +805,7 @@ def render_report(runs, window=None):
     parts += [f'<p class="banner">{escape(note)}</p>' for note in notes]
     left = all(run["results"]["headline"]["set"] == "trained" for run in runs)
     protocol = runs[0]["results"]["protocol"]  # of runs that differ in it a banner says so
-    k, (_, elsewhere) = protocol.get("k", 1), _elsewhere(protocol)
+    k = protocol.get("k", 1)
     parts.append(
         '<p class="note">'
         + ("The headline is the network as training left it; no epoch was chosen by its score. " if left else "")
@@ -825,7 +814,7 @@ def render_report(runs, window=None):
         + ", among all other compounds, has the same mechanism of action; NSCB asks it of other compounds "
         + (
             "in other batches, where batch effects cannot help.</p>"
-            if elsewhere == "batches"
+            if _elsewhere(protocol) == "batch"
             else "on other plates, which may be of the same batch.</p>"
         )
     )
