@@ -1,0 +1,124 @@
+"""Processes of one launch: as many work together as were asked for, they agree, and none waits for ever."""
+
+import ctypes
+import os
+import signal
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
+
+from .errors import UserError
+
+# While one process downloads a dataset or evaluates, the others wait for hours rather than fail.
+PATIENCE = timedelta(days=1)
+
+
+def start_processes(script: str) -> PartialState:
+    """Join the processes that were launched together.
+
+    Parameters
+    ----------
+    script : str
+        Name of the command in the message, such as "train_accelerate.py".
+
+    Raises
+    ------
+    UserError
+        Fewer processes work together than were asked for, with the command that works.
+    """
+    # `accelerate launch --cpu --num_processes 2` starts one process, but leaves the address of a group in its
+    # environment without the group's size.
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if launched and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise UserError(
+            "accelerate launched one process where several were asked for (its --cpu flag does so): use "
+            "'ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N --num_machines 1 "
+            f"--mixed_precision no --dynamo_backend no {script} ...'."
+        )
+    wanted = int(os.environ.get("WORLD_SIZE", 1))
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
+    if state.num_processes != wanted:
+        raise UserError(f"{wanted} processes were launched but {state.num_processes} work together.")
+    return state
+
+
+def on_main_process(state: PartialState | Accelerator, work: Callable[[], Any]) -> Any:
+    """Run `work()` on the main process and return its result on every process.
+
+    What it raises is raised on every process, so that none waits: a `UserError` as it is, any other error by its class
+    and message, since not every exception survives the way to another process.
+    """
+    answer, problem = None, None
+    if state.is_main_process:
+        try:
+            answer = work()
+        except UserError as error:
+            problem = (True, str(error))
+            if state.num_processes == 1:
+                raise
+        except Exception as error:
+            problem = (False, f"{type(error).__name__}: {error}")
+            if state.num_processes == 1:
+                raise
+    answer, problem = broadcast_object_list([answer, problem])
+    if problem is not None:
+        for_user, message = problem
+        raise UserError(message) if for_user else RuntimeError(f"the main process failed: {message}")
+    return answer
+
+
+def usable_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def choose_threads(asked: int | None) -> None:
+    """Set torch's threads: the asked number, or all cores for a single process that `accelerate launch` left one."""
+    alone = "ACCELERATE_MIXED_PRECISION" in os.environ and "WORLD_SIZE" not in os.environ
+    if asked:
+        torch.set_num_threads(asked)
+    elif alone and PartialState().device.type == "cpu":
+        torch.set_num_threads(usable_cores())
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory for the next step instead of returning it to the system.
+
+    A training step frees and takes gigabytes; fresh pages cost up to five times what reused ones do. The limits are
+    those of `mallopt(3)`, set for this process alone; without glibc nothing happens.
+    """
+    trim_threshold, mmap_max = -1, -4
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, -1)
+
+
+class Interruption:
+    """Turns Ctrl-C and a cluster's SIGTERM into a flag that a loop reads between steps, so that no step is torn.
+
+    The second signal ends the process at once with its default action.
+    """
+
+    def __init__(self):
+        self.signal: int | None = None
+
+    def __enter__(self):
+        self._old = {kind: signal.signal(kind, self._note) for kind in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, kind, frame):
+        if self.signal is not None:
+            signal.signal(kind, signal.SIG_DFL)
+            os.kill(os.getpid(), kind)
+        self.signal = kind
+
+    def __exit__(self, *_):
+        for kind, handler in self._old.items():
+            signal.signal(kind, handler)

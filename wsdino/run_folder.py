@@ -1,0 +1,152 @@
+"""A run's folder: the names and places of its settings, channels, checkpoints, profile sets, scores and pictures.
+
+It knows paths and plain JSON, never networks.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import UserError
+from .files import read_json
+
+
+@dataclass(frozen=True)
+class ProfileSet:
+    """One set of profiles of a run: a network's or a baseline's features of every field."""
+
+    name: str
+    caption: str
+    uses_network: bool = True
+
+
+# In the order of every table and page. A file of any other name in `profiles/` is a set of the user's own.
+PROFILE_SETS = {
+    one.name: one
+    for one in (
+        ProfileSet("trained", "trained network"),
+        ProfileSet("initial", "network that training started from"),
+        ProfileSet("untrained", "untrained network of the same shape"),
+        ProfileSet("intensity", "intensity statistics", uses_network=False),
+        ProfileSet("nuclei", "nuclei counted and measured", uses_network=False),
+    )
+}
+
+
+def ordered_sets(names) -> list[str]:
+    """Names of profile sets in the order of `PROFILE_SETS`, others after them by name."""
+    known = list(PROFILE_SETS)
+    return sorted(names, key=lambda name: (known.index(name) if name in known else len(known), name))
+
+
+class RunFolder:
+    """Paths inside the folder of one training run.
+
+    Parameters
+    ----------
+    path : str or Path
+        The folder; it need not exist yet.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def settings_file(self) -> Path:
+        return self.path / "settings.json"
+
+    @property
+    def lock_file(self) -> Path:
+        return self.path / ".lock"
+
+    @property
+    def results_file(self) -> Path:
+        return self.path / "results.json"
+
+    @property
+    def report_file(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def pictures(self) -> Path:
+        return self.path / "pictures"
+
+    @property
+    def profiles(self) -> Path:
+        return self.path / "profiles"
+
+    def profile_file(self, name: str) -> Path:
+        """Profiles of one set, a Parquet file or folder of Parquet parts."""
+        return self.profiles / f"{name}.parquet"
+
+    def checkpoint_profiles(self, step: int) -> Path:
+        """Profiles of all channels' teachers at one step of training."""
+        return self.profiles / "checkpoints" / f"step_{step:08d}.parquet"
+
+    @property
+    def combined_model(self) -> Path:
+        """Repository of all channels' towers as one model."""
+        return self.path / "model"
+
+    def model(self, channel: str) -> Path:
+        """Repository of a channel's trained teacher."""
+        return self.path / channel / "model"
+
+    def initial_model(self, channel: str) -> Path:
+        """Repository of what a channel's training started from, where the seed alone does not give it."""
+        return self.path / channel / "initial"
+
+    def metrics_file(self, channel: str) -> Path:
+        return self.path / channel / "metrics.jsonl"
+
+    def checkpoints(self, channel: str) -> list[Path]:
+        """Whole checkpoints of a channel, newest first."""
+        return sorted((self.path / channel / "checkpoints").glob("step_" + "[0-9]" * 8), reverse=True)
+
+    def checkpoint(self, channel: str, step: int) -> Path:
+        return self.path / channel / "checkpoints" / f"step_{step:08d}"
+
+    def settings(self) -> dict:
+        """Content of settings.json: `arguments`, `versions`, `git`, `dataset`, `processes`, `device`, `threads`.
+
+        Raises
+        ------
+        UserError
+            The folder holds no run, or its settings are damaged.
+        """
+        fix = f"give the folder of a training run, or train one with train_accelerate.py --output_dir {self.path}"
+        settings = read_json(self.settings_file, needs=("arguments", "dataset"), fix=fix)
+        if not isinstance(settings["arguments"], dict) or not isinstance(settings["dataset"], dict):
+            raise UserError(f"{self.settings_file} is damaged: {fix}.")
+        return settings
+
+    def trained_channels(self) -> list[str]:
+        """The run's channels that have a trained model, in the run's order.
+
+        Raises
+        ------
+        UserError
+            No channel is trained yet.
+        """
+        names = self.settings()["arguments"].get("channels", [])
+        trained = [name for name in names if (self.model(name) / "model.safetensors").exists()]
+        if not trained:
+            raise UserError(
+                f"{self.path} holds no trained model yet: finish it with train_accelerate.py --output_dir {self.path} "
+                "--resume."
+            )
+        return trained
+
+    def metrics(self, channel: str) -> list[dict]:
+        """Lines of a channel's metrics.jsonl; a last line that a killed run left half-written is left out."""
+        path = self.metrics_file(channel)
+        lines = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                continue
+        return [line for line in lines if isinstance(line, dict)]

@@ -1,0 +1,130 @@
+"""Settings of a command: each stands once, as a field of a dataclass with its type, bounds and help text."""
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import field, fields, make_dataclass
+from typing import Any, get_type_hints
+
+from .errors import UserError
+
+
+def setting(default: Any, help: str, *, low: float | None = None, above: float | None = None,
+            high: float | None = None, below: float | None = None):  # fmt: skip
+    """A dataclass field with its `--help` text and the bounds of its number, or of each number of a list.
+
+    Parameters
+    ----------
+    low, high : float
+        Smallest and largest value that is allowed.
+    above, below : float
+        Bounds that are not allowed themselves.
+    """
+    metadata = {"help": help, "low": low, "above": above, "high": high, "below": below}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def check_bounds(settings: Any) -> None:
+    """Refuse numbers outside the bounds of their fields.
+
+    Raises
+    ------
+    UserError
+        Naming the flag, the value and the bound; NaN is refused wherever there is a bound.
+    """
+    rules: tuple[tuple[str, Callable, str], ...] = (
+        ("low", lambda value, bound: value >= bound, "at least"),
+        ("above", lambda value, bound: value > bound, "above"),
+        ("high", lambda value, bound: value <= bound, "at most"),
+        ("below", lambda value, bound: value < bound, "below"),
+    )
+    for each in fields(settings):
+        value = getattr(settings, each.name)
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                continue
+            for key, holds, words in rules:
+                bound = each.metadata.get(key)
+                if bound is not None and not holds(number, bound):
+                    raise UserError(f"--{each.name} is {number:g}: give a number {words} {bound:g}.")
+
+
+def parse_settings(
+    kind: type,
+    argv: list[str] | None,
+    *,
+    prog: str,
+    description: str,
+    positional: tuple[str, ...] = (),
+    presets: Mapping[str, Mapping[str, Any]] | None = None,
+    renamed: Mapping[str, str] | None = None,
+) -> Any:
+    """Read the flags of a command into its dataclass of settings; bounds are checked.
+
+    Parameters
+    ----------
+    kind : type
+        The dataclass; its fields are made by `setting`. `Literal` types become choices.
+    argv : list of str, optional
+        Flags; those of the command line if not given.
+    positional : names
+        Fields that may also be given without a flag, in this order.
+    presets : mapping, optional
+        Named defaults; the field `preset` says which are used. Flags go over the preset's, those over the class's.
+    renamed : mapping, optional
+        Old flags that are accepted for one release, to their new names.
+
+    Raises
+    ------
+    UserError
+        An unknown preset, or a number outside its bounds. Unknown flags end with argparse's message and status 2.
+    """
+    from transformers import HfArgumentParser  # takes a second to import, which `--help` of other commands can spare
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    for index, flag in enumerate(argv):
+        name, equals, value = flag.partition("=")
+        new = (renamed or {}).get(name.removeprefix("--")) if name.startswith("--") else None
+        if new:
+            sys.stderr.write(f"{prog}: {name} is now called --{new}; the old name will go with the next release.\n")
+            argv[index] = f"--{new}{equals}{value}"
+    parser = HfArgumentParser(
+        _without_bounds(kind), prog=prog, description=description, allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    for name in positional:
+        parser.add_argument(f"_{name}", metavar=name, nargs="?", help=f"same as --{name}")
+    if presets is not None:
+        quiet = [flag for flag in argv if flag not in ("-h", "--help")]
+        preset = parser.parse_known_args(quiet)[0].preset
+        if preset not in presets:
+            raise UserError(f"--preset is {preset!r}: use one of {', '.join(presets)}.")
+        parser.set_defaults(**presets[preset])
+    namespace = parser.parse_args(argv)
+    for name in positional:
+        given = getattr(namespace, f"_{name}")
+        if given is not None:
+            setattr(namespace, name, given)
+    settings = kind(**{each.name: getattr(namespace, each.name) for each in fields(kind)})
+    check_bounds(settings)
+    return settings
+
+
+def _without_bounds(kind: type) -> type:
+    """The same dataclass with help texts alone beside its fields, all of which HfArgumentParser hands to argparse."""
+    hints = get_type_hints(kind)
+    plain = [
+        (
+            each.name,
+            hints[each.name],
+            field(
+                default=each.default,
+                default_factory=each.default_factory,
+                metadata={"help": each.metadata["help"]},
+            ),
+        )
+        for each in fields(kind)
+    ]
+    return make_dataclass(kind.__name__, plain)
