@@ -24,6 +24,22 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def sentence_for_user(error: BaseException) -> str | None:
+    """What the user should read of an error; None for a defect, which keeps its traceback.
+
+    The message of a `UserError`, also of one that a DataLoader's worker raised, which torch puts at the end of that
+    worker's traceback; a sentence for an `OSError` about a path.
+    """
+    if isinstance(error, UserError):
+        message = str(error).strip()
+        in_worker = "DataLoader worker process" in message
+        return message.splitlines()[-1].partition("Error: ")[2] if in_worker else message
+    if isinstance(error, OSError) and error.errno in PATH_ERRORS:
+        # A file that is already open has no name in the error of a full disk.
+        return f"{error.filename or 'An output file'} cannot be read or written: {error.strerror}."
+    return None
+
+
 def command(name: str) -> Callable:
     """Decorate `main(argv=None)` of a command called `name`.
 
@@ -36,18 +52,14 @@ def command(name: str) -> Callable:
         def run(argv: list[str] | None = None):
             try:
                 return main(argv)
-            except UserError as error:
-                sentence, status = str(error), 2
-            except OSError as error:
-                if error.errno not in PATH_ERRORS:
+            except (UserError, OSError) as error:
+                sentence = sentence_for_user(error)
+                if sentence is None:
                     raise
-                # A file that is already open has no name in the error of a full disk.
-                place = error.filename or "An output file"
-                sentence, status = f"{place} cannot be read or written: {error.strerror}.", 2
             except KeyboardInterrupt:
                 sys.exit(130)
             sys.stderr.write(f"{name}: error: {sentence}\n")
-            sys.exit(status)
+            sys.exit(2)
 
         return run
 

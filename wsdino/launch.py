@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
-from .errors import UserError
+from .errors import UserError, sentence_for_user
 
 # While one process downloads a dataset or evaluates, the others wait for hours rather than fail.
 PATIENCE = timedelta(days=1)
@@ -49,25 +49,21 @@ def start_processes(script: str) -> PartialState:
 def on_main_process(state: PartialState | Accelerator, work: Callable[[], Any]) -> Any:
     """Run `work()` on the main process and return its result on every process.
 
-    What it raises is raised on every process, so that none waits: a `UserError` as it is, any other error by its class
-    and message, since not every exception survives the way to another process.
+    What it raises is raised on every process, so that none waits: what is for the user as a `UserError`, any other
+    error by its class and message, since not every exception survives the way to another process.
     """
     answer, problem = None, None
     if state.is_main_process:
         try:
             answer = work()
-        except UserError as error:
-            problem = (True, str(error))
-            if state.num_processes == 1:
-                raise
         except Exception as error:
-            problem = (False, f"{type(error).__name__}: {error}")
             if state.num_processes == 1:
                 raise
+            problem = (sentence_for_user(error), f"{type(error).__name__}: {error}")
     answer, problem = broadcast_object_list([answer, problem])
     if problem is not None:
-        for_user, message = problem
-        raise UserError(message) if for_user else RuntimeError(f"the main process failed: {message}")
+        for_user, defect = problem
+        raise UserError(for_user) if for_user else RuntimeError(f"the main process failed: {defect}")
     return answer
 
 
