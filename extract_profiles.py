@@ -18,7 +18,7 @@ import argparse
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -32,8 +32,6 @@ import pandas as pd
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
-from datasets import concatenate_datasets
-from datasets.exceptions import DatasetsError
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -41,7 +39,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from dataset_scripts import ScreenError, fields_with, load_part
+from dataset_scripts import Fields, Planes, ScreenError, check_fields_once, metadata_table, open_fields
 from evaluation_wsdino import ProfileError
 from evaluation_wsdino.baselines import intensity_features, nuclear_features
 from evaluation_wsdino.pictures import draw_attention, draw_fields, save_sheet
@@ -59,18 +57,6 @@ from pretraining_wsdino import TrainingArguments, TrainingError
 
 SETS = ("trained", "untrained", "initial", "intensity", "count")
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-METADATA = {
-    "plate": "Plate",
-    "well": "Well",
-    "site": "Site",
-    "compound": "Compound",
-    "concentration": "Concentration",
-    "treatment": "Treatment",
-    "moa": "MOA",
-    "batch": "Batch",
-    "replicate": "Replicate",
-    "source": "Source",
-}
 FORMAT = 1  # of the features themselves: files of another one are extracted again
 
 
@@ -91,91 +77,6 @@ def read_run(run: Path) -> tuple[dict, TrainingArguments, list[str]]:
             f"{run} holds no trained model yet: finish train_accelerate.py --output_dir {run} --resume."
         )
     return settings, arguments, channels
-
-
-def load_parts(path: str, parts: list[str], channels: list[str]):
-    """The asked parts of a dataset as one, in order; parts that the dataset lacks are an error."""
-    if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
-        raise ScreenError(f"There is no dataset folder {path}: build it with wsdino-prepare or give a Hub id.")
-    try:
-        dataset = concatenate_datasets([load_part(path, part) for part in parts])
-    except (ValueError, OSError, DatasetsError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ScreenError(f"The dataset {path} cannot be loaded, parts {', '.join(parts)}: {reason}") from error
-    missing = [name for name in channels if name not in dataset.column_names]
-    if missing:
-        raise ScreenError(
-            f"The dataset {path} has no column {missing[0]!r}; it has {', '.join(dataset.column_names)}."
-        )
-    return fields_with(dataset, channels)
-
-
-def metadata_table(dataset) -> pd.DataFrame:
-    """`Metadata_*` columns of every field.
-
-    Raises:
-        ScreenError: if there is none: nobody could tell whose the features are.
-    """
-    present = {column: name for column, name in METADATA.items() if column in dataset.column_names}
-    if not present:
-        raise ScreenError(
-            f"The dataset has none of the columns {', '.join(sorted(METADATA))}, which say whose the features are: "
-            "rename its own so."
-        )
-    table = dataset.select_columns(list(present)).to_pandas()
-    return table.rename(columns={column: f"Metadata_{name}" for column, name in present.items()})
-
-
-def check_fields_once(metadata: pd.DataFrame, parts: list[str]) -> None:
-    """Refuse parts that overlap: a field that stands in a profile file twice would be its own neighbour."""
-    keys = [name for name in ("Source", "Plate", "Well", "Site") if f"Metadata_{name}" in metadata]
-    if "Well" in keys and "Site" in keys:
-        twice = metadata.duplicated([f"Metadata_{name}" for name in keys])
-        if twice.any():
-            field = " ".join(str(metadata[f"Metadata_{name}"][twice].iloc[0]) for name in keys[-3:])
-            raise ScreenError(
-                f"--parts {' '.join(parts)} hold the field {field} twice: name parts that do not overlap."
-            )
-
-
-class Planes(Dataset):
-    """One channel's planes, `(height, width)` uint16 or uint8 of one size and depth, decoded as they are asked for."""
-
-    def __init__(self, dataset, channel: str, rows: list[int] | None = None):
-        self.table, self.channel = dataset.select_columns([channel]), channel
-        self.rows = range(len(dataset)) if rows is None else rows
-        self.like = None
-        self.like = self.read(0)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        return self.read(self.rows[index])
-
-    def read(self, row: int) -> np.ndarray:
-        """The plane of a row of the dataset.
-
-        Raises:
-            ScreenError: naming the row, where it is no such image, or differs from the first in size or depth.
-        """
-        try:
-            plane = np.asarray(self.table[int(row)][self.channel])
-            plane = plane.astype(plane.dtype.newbyteorder("="), copy=False)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise ScreenError(
-                f"row {row}: the {self.channel} image cannot be read ({error}): build it again."
-            ) from error
-        if plane.ndim != 2 or plane.dtype not in (np.uint8, np.uint16):
-            raise ScreenError(
-                f"row {row}: {self.channel} is {plane.dtype} of shape {plane.shape}, not one grey 8 or 16-bit plane."
-            )
-        if self.like is not None and (plane.shape, plane.dtype) != (self.like.shape, self.like.dtype):
-            raise ScreenError(
-                f"row {row}: {self.channel} is {plane.dtype} of shape {plane.shape} where row 0 is {self.like.dtype} "
-                f"of shape {self.like.shape}: all fields must have one size and depth."
-            )
-        return plane
 
 
 # ---------------------------------------------------------------------------------------------- features
@@ -252,7 +153,7 @@ class Extractor:
 class _Mapped(Dataset):
     """A function of every plane."""
 
-    def __init__(self, planes: Planes, function):
+    def __init__(self, planes: Sequence[np.ndarray], function):
         self.planes, self.function = planes, function
 
     def __len__(self) -> int:
@@ -268,7 +169,7 @@ def network_stream(
     """`(hidden,)` float32 of every plane, through the very pipeline that users of the model run."""
     device = options.device or model.device
     extract = WSDinoFeatureExtractionPipeline(model=model.eval(), image_processor=image_processor, device=device)
-    inputs = planes if isinstance(planes, Dataset) else (plane for plane in planes)
+    inputs = _Mapped(planes, np.asarray) if isinstance(planes, Planes) else (plane for plane in planes)
     stream = extract(inputs, batch_size=options.batch_size, num_workers=options.num_workers, return_tensors=True)
     for features in stream:
         yield features.numpy()
@@ -486,7 +387,7 @@ def extract_file(
     described = {channel: extractor.describe() for channel, extractor in extractors.items()}
     settings = {
         "format": FORMAT,
-        "fingerprint": dataset._fingerprint,
+        "fingerprint": dataset.fingerprint,
         "fields": len(dataset),
         "precision": options.precision if any(e.model is not None for e in extractors.values()) else "no",
         "channels": described,
@@ -559,7 +460,7 @@ def on_main_process(state: PartialState | Accelerator, work: Callable[[], Any]) 
 
 def example_rows(dataset, count: int) -> list[int]:
     """DMSO first, then the strongest dose of one treatment of each mechanism, up to `count` fields."""
-    table = dataset.select_columns(["moa", "concentration"]).to_pandas()
+    table = dataset.table(["moa", "concentration"])
     controls = table.index[table["moa"] == "DMSO"][:1].tolist()
     treated = table[(table["moa"] != "DMSO") & (table["moa"] != "")]
     strongest = treated.sort_values("concentration", kind="stable").groupby("moa").tail(1)
@@ -587,7 +488,7 @@ def write_pictures(folder: Path, extractors: dict[str, Extractor], dataset) -> N
     """`fields_<channel>.png`, example fields; `attention_<channel>.png`, where the network looks (figure 1)."""
     if {"moa", "treatment", "concentration"} <= set(dataset.column_names):
         rows = example_rows(dataset, 8)
-        chosen = dataset.select_columns(["moa", "treatment"])[rows]
+        chosen = dataset.select(rows)
         titles = [f"{moa}: {treatment}" for moa, treatment in zip(chosen["moa"], chosen["treatment"], strict=True)]
     else:
         rows = sorted({round(row) for row in np.linspace(0, len(dataset) - 1, 8)})
@@ -653,7 +554,7 @@ def extract_run(
                 continue
             # The stain of nuclei need not be one that was trained on; any channel's processor knows the clipping.
             first = next(iter(run_extractors(run, name, arguments, channels[:1]).values()))
-            counted = fields_with(dataset, [nuclear_channel])
+            counted = dataset.with_images([nuclear_channel])
             counter = {nuclear_channel: Extractor(first.image_processor, statistics=nuclear_features)}
             extract_file(path, counter, counted, metadata_table(counted), options, state)
             continue
@@ -700,10 +601,10 @@ def extract_model(
         print(f"Wrote {len(dataset)} profiles into {output}.")
 
 
-def open_dataset(path: str, parts: list[str], channels: list[str], state: PartialState):
+def open_dataset(path: str, parts: list[str], channels: list[str], state: PartialState) -> tuple[Fields, pd.DataFrame]:
     """The fields and their metadata; one process a machine prepares the cache that the others read."""
     with state.local_main_process_first():
-        dataset = load_parts(path, parts, channels)
+        dataset = open_fields(path, parts, channels=channels)
     metadata = metadata_table(dataset)
     check_fields_once(metadata, parts)
     return dataset, metadata

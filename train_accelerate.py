@@ -32,7 +32,6 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object, parse_flag_from_env, set_seed
-from datasets.exceptions import DatasetsError
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
@@ -40,14 +39,19 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
-from dataset_scripts import ScreenError, build_dataset, fields_with, load_part, open_planes, simulate_screen
+from dataset_scripts import (
+    Planes,
+    ScreenError,
+    build_dataset,
+    metadata_table,
+    open_fields,
+    open_planes,
+    simulate_screen,
+)
 from evaluation_wsdino import ProfileError
 from evaluation_wsdino.evaluate_profiles import collapse_verdict, evaluate_set
 from extract_profiles import (
     Options,
-    Planes,
-    load_parts,
-    metadata_table,
     network_stream,
     on_main_process,
     refuse_missing_processes,
@@ -153,28 +157,9 @@ def load_screen(arguments: TrainingArguments, accelerator: Accelerator):
                 # 1 / 3.2 of the real resolution: 160 x 200 pixels hold as many cells as the paper's 512 x 640.
                 simulate_screen(raw, size="demo", seed=0, scale=1 / 3.2)
                 build_dataset(raw, SIMULATED_DEMO)
-    elif not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
-        raise TrainingError(
-            f"--dataset {path}: there is no such folder; build it with wsdino-prepare or give a Hub id."
-        )
+    label = [] if arguments.weak_label == "none" else [arguments.weak_label]
     with accelerator.local_main_process_first():
-        try:
-            dataset = load_part(path, arguments.part)
-        except (ValueError, OSError, DatasetsError) as error:
-            reason = str(error.__cause__ or error).split("\n")[0]  # the library wraps what names the damage
-            raise TrainingError(f"--dataset {path} --part {arguments.part} cannot be loaded: {reason}") from error
-    if len(dataset) == 0:
-        raise TrainingError(f"--dataset {path} --part {arguments.part} is empty: choose another part.")
-    missing = [channel for channel in arguments.channels if channel not in dataset.column_names]
-    if missing:
-        raise TrainingError(
-            f"--channels {missing[0]}: the dataset has no such column; it has {', '.join(dataset.column_names)}."
-        )
-    if arguments.weak_label != "none" and arguments.weak_label not in dataset.column_names:
-        raise TrainingError(
-            f"--weak_label {arguments.weak_label}: the dataset has no such column; it has "
-            f"{', '.join(dataset.column_names)}."
-        )
+        dataset = open_fields(path, [arguments.part], columns=[*arguments.channels, *label])
     return dataset, path
 
 
@@ -201,7 +186,7 @@ def describe_run(
             "part": arguments.part,
             "fields": len(dataset),
             "source": sources,
-            "fingerprint": dataset._fingerprint,
+            "fingerprint": dataset.fingerprint,
         },
         "processes": accelerator.num_processes,
         "device": str(accelerator.device),
@@ -256,7 +241,7 @@ def check_depths(arguments: TrainingArguments, channels: list[str], dataset) -> 
     if len(channels) == 1 or arguments.max_intensity is not None:
         return
     present = [name for name in channels if name in dataset.column_names]
-    depths = {Planes(fields_with(dataset, [name]), name).like.dtype: name for name in present}
+    depths = {Planes(dataset.with_images([name]), name).like.dtype: name for name in present}
     if len(depths) > 1:
         which = " and ".join(f"{name} is {dtype}" for dtype, name in depths.items())
         raise TrainingError(f"--channels: {which}, and one model cannot hold both: give each an --output_dir.")
@@ -361,7 +346,7 @@ class ChannelData:
     def __init__(self, arguments: TrainingArguments, channel: str, dataset, accelerator: Accelerator):
         self.arguments, self.channel, self.accelerator = arguments, channel, accelerator
         a, columns = arguments, dataset.column_names
-        dataset = fields_with(dataset, [channel])
+        dataset = dataset.with_images([channel])
         with accelerator.local_main_process_first():
             self.planes = open_planes(dataset, channel)
         height, width = self.planes.shape[1:]
@@ -506,7 +491,7 @@ class ChannelRun:
         self.evaluated = None
 
         def load() -> None:
-            dataset = load_parts(path, self.arguments.eval_parts, [self.channel])
+            dataset = open_fields(path, self.arguments.eval_parts, channels=[self.channel])
             self.evaluated = metadata_table(dataset), open_planes(dataset, self.channel)
             self._scores(np.random.default_rng(0).normal(size=(len(dataset), 2)))
 

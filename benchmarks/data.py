@@ -10,7 +10,7 @@ PNG. Both do the same operations, and the largest difference of their planes is 
 `read`: what a training item costs: 2 global crops of one field and 8 local ones of another. Plain: open two 640 x 512
 TIFFs and pass over the whole image for each of the ten crops, as the original loader does. Ours: cut the ten windows
 out of the memory-mapped plane cache by training's own collator; resizing and flipping happen on the training device,
-and are also timed on this processor. PNG decoding through `datasets` is timed beside them. Each way in its turn reads
+and are also timed on this processor. PNG decoding from Parquet is timed beside them. Each way in its turn reads
 the same 16 items, a batch of the paper's; the largest difference of the crops from the plain ones is printed.
 
 Both ways run in one process tree, on the same files; an item's time is one thread's processor time.
@@ -189,11 +189,11 @@ def plain_item(paths, specs, random, once=False):
 
 
 def read(args):
-    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
     import torch
 
-    from dataset_scripts import open_planes
-    from dataset_scripts.bbbc021 import screen_features
+    from dataset_scripts import open_fields, open_planes
     from dataset_scripts.draw_cells import Optics, Phenotype, draw_field
     from dataset_scripts.illumination import correct_plane
     from dataset_scripts.plates import encode_png
@@ -215,10 +215,10 @@ def read(args):
         paths = [temporary / f"{i}.tif" for i in range(count)]
         for plane, path in zip(planes, paths, strict=True):
             Image.fromarray(plane).save(path)
-        features = datasets.Features({"tubulin": screen_features(["tubulin"])["tubulin"]})
-        data = datasets.Dataset.from_dict(
-            {"tubulin": [{"bytes": encode_png(plane), "path": None} for plane in planes]}, features=features
-        )
+        image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+        rows = pa.array([{"bytes": encode_png(plane), "path": None} for plane in planes], image)
+        pq.write_table(pa.table({"tubulin": rows}), temporary / "train.parquet", row_group_size=32, compression="none")
+        data = open_fields(temporary, ["default"])
         start = time.perf_counter()
         mapped = open_planes(data, "tubulin", temporary / "cache", progress=False)
         once = time.perf_counter() - start
@@ -243,8 +243,8 @@ def read(args):
         ways = {
             "plain: whole image for each crop": plain,
             "plain: whole image once a file": lambda pairs: plain(pairs, once=True),
-            "PNG through datasets, decoding only": lambda pairs: [
-                np.asarray(data[i]["tubulin"]) for pair in pairs for i in pair[2:]
+            "PNG from Parquet, decoding only": lambda pairs: [
+                data.image(i, "tubulin") for pair in pairs for i in pair[2:]
             ],
             "memory map: cut ten windows": cut,
             "memory map: cut, resize, flip": cut_and_resize,

@@ -172,9 +172,7 @@ def main(argv=None):
     parser.add_argument("--image_size", type=int, nargs=2)
     args = parser.parse_args(argv)
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from datasets import concatenate_datasets, load_dataset
-
-    from dataset_scripts import build_dataset, open_planes, simulate_screen
+    from dataset_scripts import build_dataset, open_fields, open_planes, simulate_screen
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.dataset
@@ -192,11 +190,8 @@ def main(argv=None):
             simulate_screen(f"{temporary}/raw", args.size, args.seed, plate_map=plate_map, **changes)
             folder = f"{temporary}/dataset"
             build_dataset(f"{temporary}/raw", folder)
-        parts = [
-            load_dataset(folder, part, split="train", cache_dir=f"{temporary}/c") for part in ("annotated", "dmso")
-        ]
-        data = concatenate_datasets(parts)
-        labels = data.select_columns(["treatment", "compound", "moa", "batch", "plate"]).to_pandas()
+        data = open_fields(folder, ["annotated", "dmso"], channels=CHANNELS)
+        labels = data.table(["treatment", "compound", "moa", "batch", "plate"])
         planes = [open_planes(data, channel, cache_dir=f"{temporary}/planes") for channel in CHANNELS]
         tasks = ([np.array(plane[i]) for plane in planes] for i in range(len(data)))
         with ProcessPoolExecutor() as pool:

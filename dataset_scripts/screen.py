@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from wsdino.errors import UserError
+
 PARTS = ("annotated", "dmso", "unannotated")
 NO_MECHANISM = ("NA", "N/A", "NaN", "nan", "None", "null", "<NA>")  # as R, pandas and others write an empty cell
 
@@ -26,8 +28,7 @@ MOST_BYTES = 1_000_000_000  # of a table, unpacked: 300 times BBBC021's; a large
 MOST_WHOLE = 2**31 - 1  # of a site, a replicate, a number of the source: the dataset's columns are int32
 
 
-class ScreenError(ValueError):
-    """A screen's tables, images or folders are not what they must be; the message names what and says the mend."""
+ScreenError = UserError  # the old name, until every file uses the new one
 
 
 @dataclass(frozen=True)

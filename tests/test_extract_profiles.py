@@ -17,7 +17,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import Dataset, Features, Value, load_dataset
+from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from hub_server import HubServer
 from hypothesis import given, settings
@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from transformers import ViTConfig, ViTModel
 
 import extract_profiles
+from dataset_scripts.open_dataset import METADATA, Planes, open_fields
 from evaluation_wsdino.baselines import nuclear_features
 from evaluation_wsdino.shards import ProfileFile
 from modeling_wsdino import (
@@ -118,7 +119,7 @@ def test_every_set_of_a_run_equals_a_plain_loop(run, tiny_screen):
     tables = {name: pd.read_parquet(run / "profiles" / f"{name}.parquet") for name in ("trained", "intensity")}
     untrained = pd.read_parquet(run / "profiles" / "untrained.parquet")
     rows = list(screen_rows(tiny_screen))
-    names = {**extract_profiles.METADATA}
+    names = {**METADATA}
     for name, table in (*tables.items(), ("untrained", untrained)):
         assert len(table) == len(rows), name
         for column, metadata in names.items():
@@ -190,7 +191,7 @@ def test_the_count_is_of_the_nuclear_stain_whatever_was_trained(run, tiny_screen
     assert features_of(pd.read_parquet(run / "profiles" / "count.parquet")).columns[0] == "actin_0000"
     assert "--nuclear_channel lipids" in refused(capsys, run, "--nuclear_channel", "lipids")
     # A screen without a column dna is not counted in another stain unasked.
-    kept = ("tubulin", *extract_profiles.METADATA)
+    kept = ("tubulin", *METADATA)
     features = Features({name: ImageFeature() if name == "tubulin" else Value("string") for name in kept})
     content = {name: [row[name] if name == "tubulin" else str(row[name]) for row in rows[:4]] for name in kept}
     (tmp_path / "other").mkdir()
@@ -693,7 +694,7 @@ def test_pycytominer_and_copairs_read_the_file_as_it_is(run):
     path = str(run / "profiles" / "trained.parquet")
     table = pd.read_parquet(path)
     assert infer_cp_features(table, metadata=True) == [
-        f"Metadata_{name}" for name in extract_profiles.METADATA.values()
+        f"Metadata_{name}" for name in METADATA.values()
     ]
     names = features_of(table).columns.tolist()
     control = (table["Metadata_Compound"] == "DMSO").to_numpy()
@@ -807,7 +808,7 @@ def test_bad_input_ends_in_one_sentence_and_writes_nothing(run, tiny_screen, tmp
         ("--model", run / "model", "--dataset", twice, "--parts", "all", "--output", output): "no column 'tubulin'",
         (*model, "--dataset", small, "--parts", "all", "--output", output): "40x50",
         (*model, "--dataset", eight, "--parts", "all", "--output", output): "8-bit",
-        (*model, "--dataset", empty, "--parts", "all", "--output", output): "no data",
+        (*model, "--dataset", empty, "--parts", "all", "--output", output): "no fields",
         (*model, "--dataset", tiny_screen, "--output", tmp_path / "file" / "p.parquet"): "cannot be written",
         (*model, "--dataset", tiny_screen, "--output", tmp_path / "other.parquet"): "something else",
         (*model, "--dataset", tiny_screen, "--output", tmp_path): "something else",
@@ -864,6 +865,7 @@ MEASURED = """
 import sys
 from pathlib import Path
 import extract_profiles
+from dataset_scripts.open_dataset import METADATA, Planes, open_fields
 from evaluation_wsdino.shards import ProfileFile
 
 write = ProfileFile.write_shard
@@ -898,8 +900,7 @@ def test_memory_does_not_grow_with_the_screen(tmp_path):
 
 def test_planes_are_read_without_a_copy_of_the_dataset(tiny_screen):
     """Decoding is by row: one plane in memory, whatever the number asked for."""
-    dataset = load_dataset(str(tiny_screen), "dmso", split="train")
-    planes = extract_profiles.Planes(dataset, "actin", [3, 1, 3])
+    planes = Planes(open_fields(tiny_screen, ["dmso"]), "actin", [3, 1, 3])
     rows = list(screen_rows(tiny_screen, ["dmso"]))
     assert len(planes) == 3
     for plane, row in zip(planes, (3, 1, 3), strict=True):
@@ -914,7 +915,9 @@ def test_big_endian_planes_are_read_as_any_other(tmp_path):
     header = b"MM\0*" + struct.pack(">I", 8 + plane.nbytes)
     content = header + plane.astype(">u2").tobytes() + struct.pack(">H", len(entries)) + directory + bytes(4)
     dataset = Dataset.from_dict({"er": [{"bytes": content, "path": None}]}, features=Features({"er": ImageFeature()}))
-    found = extract_profiles.Planes(dataset, "er")[0]
+    (tmp_path / "own").mkdir()
+    dataset.to_parquet(tmp_path / "own" / "train.parquet")
+    found = Planes(open_fields(tmp_path / "own", ["default"]), "er")[0]
     assert found.dtype == np.uint16 and (found == plane).all()
 
 

@@ -567,15 +567,15 @@ def test_the_builder_s_cache_is_of_the_files_as_they_are(raw, tmp_path):
 def test_a_rebuilt_folder_is_never_served_from_an_old_cache(raw, tmp_path):
     import shutil
 
-    from dataset_scripts import open_planes
+    from dataset_scripts import open_fields, open_planes
 
     first = tmp_path / "out"
     build_dataset(raw, first, illumination=False, progress=False)
-    before = np.array(open_planes(load(first, "dmso", tmp_path), "actin", tmp_path / "planes", progress=False))
+    before = np.array(open_planes(open_fields(first, ["dmso"]), "actin", tmp_path / "planes", progress=False))
     shutil.rmtree(first)
     build_dataset(raw, first, illumination=True, progress=False)
     data = load(first, "dmso", tmp_path)
-    after = open_planes(data, "actin", tmp_path / "planes", progress=False)
+    after = open_planes(open_fields(first, ["dmso"]), "actin", tmp_path / "planes", progress=False)
     assert (after != before).any()
     assert all((after[i] == np.asarray(data[i]["actin"])).all() for i in range(len(data)))
 

@@ -489,10 +489,10 @@ def test_a_stopped_run_continues_exactly(tiny_screen, tmp_path, kind):
 
 
 REFUSALS = [
-    (["--weak_label", "moon"], "--weak_label moon"),
-    (["--channels", "gold"], "--channels gold"),
+    (["--weak_label", "moon"], "no column 'moon'"),
+    (["--channels", "gold"], "no column 'gold'"),
     (["--channels", "dna", "dna"], "--channels"),
-    (["--part", "moon"], "--part moon"),
+    (["--part", "moon"], "subset moon"),
     (["--dataset", "/nowhere/at/all"], "/nowhere/at/all"),
     (["--patch_size", "7"], "--global_crop_size 32 is not a multiple of the patch size 7"),
     (["--tile_size", "30"], "--tile_size 30"),
