@@ -125,6 +125,10 @@ class DinoLoss(nn.Module):
         center_momentum: 0.8 in the paper (0.9 in DINO).
         centering: "mean", the moving centre of the paper and of DINO, or "sinkhorn", see `sinkhorn_targets`, which
             leaves the centre unused.
+        group_size: neighbouring images of a batch that share a weak label and one target, made from the mean of the
+            teacher's logits over them; 1 in the paper.
+        student_sees_globals: whether the student's views begin with the teacher's (the paper, DINO), so that no view
+            is compared with itself, or are all its own.
     """
 
     def __init__(
@@ -133,10 +137,12 @@ class DinoLoss(nn.Module):
         student_temperature: float = 0.07,
         center_momentum: float = 0.8,
         centering: str = "mean",
+        group_size: int = 1,
+        student_sees_globals: bool = True,
     ):
         super().__init__()
         self.student_temperature, self.center_momentum = student_temperature, center_momentum
-        self.centering = centering
+        self.centering, self.group_size, self.student_sees_globals = centering, group_size, student_sees_globals
         self.register_buffer("center", torch.zeros(1, num_prototypes))
         self._sums: list[torch.Tensor] = []
 
@@ -160,16 +166,19 @@ class DinoLoss(nn.Module):
         )
         with torch.no_grad():
             teacher = teacher_logits.float()
+            if self.group_size > 1:
+                teacher = teacher.view(-1, self.group_size, teacher.shape[-1]).mean(1)
             if self.centering == "sinkhorn":
                 targets = sinkhorn_targets(teacher, teacher_temperature)
             else:
                 targets = F.softmax((teacher - self.center) / teacher_temperature, dim=-1)
-            targets = targets.view(-1, batch_size, teacher.shape[-1])
+            targets = targets.repeat_interleave(self.group_size, 0).view(-1, batch_size, teacher.shape[-1])
             # Every student view learns from the sum of the targets of all *other* views: one product a student view
             # instead of one a pair.
             wanted = targets.sum(0, keepdim=True).expand(len(student), -1, -1).clone()
-            wanted[: len(targets)] -= targets
-        pairs = len(targets) * (len(student) - 1)
+            if self.student_sees_globals:
+                wanted[: len(targets)] -= targets
+        pairs = len(targets) * (len(student) - 1 if self.student_sees_globals else len(student))
         loss = -(wanted * student).sum() / (pairs * batch_size)
         self._sums.append(teacher.mean(0, keepdim=True))
 
@@ -198,8 +207,13 @@ class DinoLoss(nn.Module):
 
 @torch.no_grad()
 def update_teacher(student: nn.Module, teacher: nn.Module, momentum: float) -> None:
-    """teacher <- momentum * teacher + (1 - momentum) * student, all parameters in one fused call."""
+    """teacher <- momentum * teacher + (1 - momentum) * student, all parameters in one fused call.
+
+    Buffers, which are the running statistics of a convolutional stem's batch normalisation, are the student's.
+    """
     torch._foreach_lerp_(list(teacher.parameters()), [p.detach() for p in student.parameters()], 1.0 - momentum)
+    for ours, theirs in zip(teacher.buffers(), student.buffers(), strict=True):
+        ours.copy_(theirs)
 
 
 def participation_ratio(features: torch.Tensor) -> float:

@@ -4,6 +4,9 @@ The released recipe crops with area 0.1-0.2 (global, 224 pixels) and 0.04-0.08 (
 bicubic kernel (a = -0.75, no antialias, border replicated inside the crop), and both flips with probability 0.5. Here
 a crop is cut before anything is computed, so that the cost is that of the crop's pixels and never of the whole field,
 and all crops of a batch are resized together, as two weighted sums of four pixels: along the rows, then the columns.
+
+Networks that start without ImageNet weights take brightness and orientation for shortcuts. For them a crop may also be
+transposed, which with both flips gives all eight symmetries of the square, and its brightness may be varied.
 """
 
 from dataclasses import dataclass
@@ -12,22 +15,36 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+LOG_SPREAD = 0.8  # natural logarithms of fluorescence counts per unit of logarithmic input
+
 
 @dataclass(frozen=True)
 class CropSpec:
     """What to draw from one field.
 
-    Args:
-        count: crops a field.
-        size: side of the resized crop, in pixels; a multiple of the model's patch size.
-        area: smallest and largest share of the field's area, drawn uniformly.
-        flip: probability of each of the horizontal and the vertical flip.
+    Parameters
+    ----------
+    count : int
+        Crops per field.
+    size : int
+        Side of the resized crop in pixels; a multiple of the model's patch size.
+    area : (float, float)
+        Smallest and largest share of the field's area, drawn uniformly.
+    flip : float
+        Probability of each of the horizontal and the vertical flip.
+    transpose : float
+        Probability of exchanging rows and columns after the flips; 0.5 makes all eight symmetries of the square
+        equally likely.
+    brightness_sd : float
+        Standard deviation of the natural logarithm of the factor by which a crop's intensities are multiplied.
     """
 
     count: int
     size: int
     area: tuple[float, float]
     flip: float = 0.5
+    transpose: float = 0.0
+    brightness_sd: float = 0.0
 
 
 def draw_boxes(random: np.random.Generator, spec: CropSpec, shape: tuple[int, int]) -> np.ndarray:
@@ -36,8 +53,10 @@ def draw_boxes(random: np.random.Generator, spec: CropSpec, shape: tuple[int, in
     The side is the rounded root of the drawn area, never longer than the field's shorter side; the place is uniform
     over the positions that fit.
 
-    Returns:
-        `(count, 6)` int64: top, left, height, width, flipped left-right, flipped up-down.
+    Returns
+    -------
+    numpy.ndarray
+        `(count, 7)` int64: top, left, height, width, flipped left-right, flipped up-down, transposed.
     """
     height, width = shape
     u = random.random((spec.count, 5))
@@ -46,7 +65,16 @@ def draw_boxes(random: np.random.Generator, spec: CropSpec, shape: tuple[int, in
     top = (u[:, 1] * (height - side + 1)).astype(np.int64)
     left = (u[:, 2] * (width - side + 1)).astype(np.int64)
     flips = (u[:, 3:5] < spec.flip).astype(np.int64)
-    return np.column_stack([top, left, side, side, flips])
+    # Drawn only when asked for: the paper's recipe keeps its random numbers.
+    transposed = random.random(spec.count) < spec.transpose if spec.transpose else np.zeros(spec.count)
+    return np.column_stack([top, left, side, side, flips, transposed]).astype(np.int64)
+
+
+def draw_log_gains(random: np.random.Generator, spec: CropSpec) -> np.ndarray:
+    """Natural logarithms of the brightness factors of one field's crops: `(count,)` float32, normal with mean 0."""
+    if not spec.brightness_sd:
+        return np.zeros(spec.count, np.float32)
+    return random.normal(0.0, spec.brightness_sd, spec.count).astype(np.float32)
 
 
 def cut_window(plane: np.ndarray, box: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
@@ -122,33 +150,69 @@ def weighted_rows(images: torch.Tensor, taps: torch.Tensor, weights: torch.Tenso
     return bags.view(n, size, -1)
 
 
+def log_scaled(counts: torch.Tensor, max_intensity: float) -> torch.Tensor:
+    """Logarithmic input: `log(max(v, 0.02 m) / (0.1 m)) / 0.8` for counts `v` and `max_intensity` m.
+
+    Fluorescence images have about mean 0 and standard deviation 1 so, and a change of gain is a shift. The image
+    processor's `intensity_scale="log"` states the same formula for pipelines.
+    """
+    return torch.log(counts.clamp(min=0.02 * max_intensity) / (0.1 * max_intensity)) / LOG_SPREAD
+
+
 def resize_windows(
-    windows: torch.Tensor, sizes: torch.Tensor, flips: torch.Tensor, size: int, max_intensity: float
+    windows: torch.Tensor,
+    sizes: torch.Tensor,
+    flips: torch.Tensor,
+    size: int,
+    max_intensity: float,
+    *,
+    intensity_scale: str = "linear",
+    log_gains: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Network input from raw windows: clip, scale to [0, 1], bicubic to `size`, flip; all windows at once.
+    """Network input from raw windows: scale, bicubic to `size`, flip, transpose; all windows at once.
 
-    Args:
-        windows: `(n, tallest, widest)` uint16 or uint8, on any device.
-        sizes: `(n, 2)` height and width of each window inside the padding.
-        flips: `(n, 2)` bool, left-right and up-down.
-        size: side of the crop.
-        max_intensity: counts that become 1.0; brighter pixels are clipped first (10,000 in the paper's recipe).
+    Parameters
+    ----------
+    windows : torch.Tensor
+        `(n, tallest, widest)` uint16 or uint8, on any device.
+    sizes : torch.Tensor
+        `(n, 2)` height and width of each window inside the padding.
+    flips : torch.Tensor
+        `(n, 2)` or `(n, 3)` bool: left-right, up-down and, after both, rows and columns exchanged.
+    size : int
+        Side of the crop in pixels.
+    max_intensity : float
+        Counts that become 1.0; brighter pixels are clipped first (10,000 in the paper's recipe).
+    intensity_scale : {"linear", "log"}
+        "linear" as in the paper, or `log_scaled`, which clips nothing at the top.
+    log_gains : torch.Tensor, optional
+        `(n,)` natural logarithms of brightness factors. They multiply linear input after it is clipped.
 
-    Returns:
-        `(n, 1, size, size)` float32; the cubic kernel may overshoot [0, 1] a little, as the original's does.
+    Returns
+    -------
+    torch.Tensor
+        `(n, 1, size, size)` float32; the cubic kernel may overshoot a little, as the original's does.
     """
     n, tallest, widest = windows.shape
     # A processor takes as many windows at a time as its cache holds: measured twice as fast as 160 at once.
     part = max(1, 2**19 // (tallest * widest) if windows.device.type == "cpu" else n)
-    (rows, columns), (row_weights, column_weights) = bicubic_taps(sizes.t(), size, flips.t().flip(0))
+    (rows, columns), (row_weights, column_weights) = bicubic_taps(sizes.t(), size, flips[:, :2].t().flip(0))
     place = (torch.arange(n, dtype=torch.int32, device=windows.device) % part)[:, None, None]
     rows += place * tallest
     columns += place * widest
-    row_weights /= max_intensity
+    logarithmic = intensity_scale == "log"
+    if not logarithmic:
+        row_weights /= max_intensity
     crops = torch.empty(n, 1, size, size, device=windows.device)
     for start in range(0, n, part):
         some = slice(start, start + part)
-        images = windows[some].float().clamp_(max=max_intensity)
+        images = windows[some].float()
+        images = log_scaled(images, max_intensity) if logarithmic else images.clamp_(max=max_intensity)
         images = transposed(weighted_rows(images, rows[some], row_weights[some]))
         crops[some, 0] = transposed(weighted_rows(images, columns[some], column_weights[some]))
+    if flips.shape[1] == 3:
+        crops = torch.where(flips[:, 2].view(-1, 1, 1, 1), crops.transpose(2, 3), crops)
+    if log_gains is not None:
+        gains = log_gains.view(-1, 1, 1, 1)
+        crops = crops + gains / LOG_SPREAD if logarithmic else crops * gains.exp()
     return crops

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from .arguments import CONSTRAINTS, TrainingError
-from .multicrop import CropSpec, cut_window, draw_boxes
+from .multicrop import CropSpec, cut_window, draw_boxes, draw_log_gains
 
 # Separate streams of one seed: pair draws and crop draws must not share random numbers.
 PAIR_STREAM, CROP_STREAM = 0, 1
@@ -68,10 +68,14 @@ class WeakLabelPairSampler:
             with the labels it has drawn equally often. Targets that must differ within a step then cannot do so by
             what plates or batches differ in, which nearly every compound's images share as well (37 of BBBC021's 38
             compounds live in one week). "none" (the paper): from all images.
+        group_size: 1 draws pairs (the paper). With k > 1 a batch consists of groups of k different images that share a
+            label, of as many different labels as there are; each image is then anchor and partner of itself, and the
+            loss makes one target per group. Constraints and anchor groups do not apply.
         seed: of the whole run.
 
     Raises:
-        TrainingError: an unknown constraint, a missing group column, lengths that differ, or no image left.
+        TrainingError: an unknown constraint, a missing group column, lengths that differ, no image left, or a label
+            with a single image where groups are asked for.
     """
 
     def __init__(
@@ -84,8 +88,10 @@ class WeakLabelPairSampler:
         unlabelled: str = "drop",
         eligible: Sequence[bool] | None = None,
         anchor_group: str = "none",
+        group_size: int = 1,
         seed: int = 0,
     ):
+        self.group_size = group_size if labels is not None else 1
         if constraint not in CONSTRAINTS:
             raise TrainingError(f"--pair_constraint is {constraint!r}: use one of {', '.join(CONSTRAINTS)}.")
         if unlabelled not in ("drop", "self"):
@@ -113,6 +119,12 @@ class WeakLabelPairSampler:
         self.labelled, unlabelled_rows = rows[label_of[rows] >= 0], rows[label_of[rows] < 0]
         _, self.code, self.label_counts = np.unique(label_of[self.labelled], return_inverse=True, return_counts=True)
         self.starts = np.cumsum(self.label_counts) - self.label_counts
+        if self.group_size > 1 and self.label_counts.min() < 2:
+            alone = names[self.labelled[np.flatnonzero(self.label_counts[self.code] < 2)[0]]]
+            raise TrainingError(
+                f"The weak label {alone!r} has a single image, of which --group_size {group_size} can make no group: "
+                "leave it out with --exclude_compounds, choose another --weak_label, or give --group_size 1."
+            )
         # From the constraint asked for to the loosest: ("plate", "well", "image") for "plate", () for "none".
         self.chain = tuple(reversed(CONSTRAINTS[1 : CONSTRAINTS.index(constraint) + 1]))
         flag = f"--pair_constraint {constraint}"
@@ -173,6 +185,9 @@ class WeakLabelPairSampler:
             constraint, e.g. `{"well": 3, "image": 1, "self": 0}`.
         """
         random = keyed_generator(self.seed, PAIR_STREAM, step)
+        if self.group_size > 1:
+            images = self._grouped(random, size)
+            return images, images, {}
         u = random.random((4, size))
         stratum = self.strata[np.searchsorted(self.stratum_ends, random.random(), side="right")]
         anchors = np.full(size, -1, dtype=np.int64)
@@ -188,6 +203,20 @@ class WeakLabelPairSampler:
             own = stratum.unlabelled[(u[1] * len(stratum.unlabelled)).astype(np.int64)]
             anchors, partners = np.where(plain, own, anchors), np.where(plain, own, partners)
         return anchors, partners, fallbacks
+
+    def _grouped(self, random: np.random.Generator, size: int) -> np.ndarray:
+        """Rows of a batch of groups, one after another: labels without replacement, and images of a label likewise."""
+        labels, order = len(self.label_counts), np.argsort(self.code, kind="stable")
+        groups = size // self.group_size
+        turns = [random.permutation(labels) for _ in range(-(-groups // labels))]
+        chosen = [
+            self.starts[label]
+            + random.choice(
+                self.label_counts[label], self.group_size, replace=bool(self.label_counts[label] < self.group_size)
+            )
+            for label in np.concatenate(turns)[:groups]
+        ]
+        return self.labelled[order[np.concatenate(chosen)]]
 
     def _partners(self, anchor: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
         """A partner for each anchor, both as indices into the labelled rows, and the counted fallbacks."""
@@ -304,13 +333,13 @@ class WeakLabelPairCollator:
         Returns:
             `{"global": {...}, "local": {...}, "anchors": (batch,), "partners": (batch,)}`, each part that has crops
             `{"windows": (views * batch, tallest, widest) uint16 or uint8, zero-padded, "sizes": (views * batch, 2),
-            "flips": (views * batch, 2) bool}` as `resize_windows` takes them.
+            "flips": (views * batch, 3) bool, "log_gains": (views * batch,) float32}` as `resize_windows` takes them.
         """
         chosen = {"global": [], "local": []}
         for pair, anchor, partner in items:
             random = keyed_generator(self.seed, CROP_STREAM, pair.step, pair.slot)
             for part, spec, plane in (("global", self.global_crops, anchor), ("local", self.local_crops, partner)):
-                chosen[part].append((plane, draw_boxes(random, spec, plane.shape)))
+                chosen[part].append((plane, draw_boxes(random, spec, plane.shape), draw_log_gains(random, spec)))
         batch = {part: self._windows(rows) for part, rows in chosen.items() if len(rows[0][1])}
         batch["anchors"] = torch.tensor([pair.anchor for pair, _, _ in items])
         batch["partners"] = torch.tensor([pair.partner for pair, _, _ in items])
@@ -319,15 +348,16 @@ class WeakLabelPairCollator:
     @staticmethod
     def _windows(rows) -> dict[str, torch.Tensor]:
         views = len(rows[0][1])
-        boxes = np.stack([boxes for _, boxes in rows], axis=1)  # (views, batch, 6)
+        boxes = np.stack([boxes for _, boxes, _ in rows], axis=1)  # (views, batch, 7)
         tallest, widest = boxes[..., 2].max(), boxes[..., 3].max()
         windows = np.zeros((views * len(rows), tallest, widest), dtype=rows[0][0].dtype)
         for view in range(views):
-            for item, (plane, own) in enumerate(rows):
+            for item, (plane, own, _) in enumerate(rows):
                 cut_window(plane, own[view], out=windows[view * len(rows) + item])
-        flat = boxes.reshape(-1, 6)
+        flat = boxes.reshape(-1, 7)
         return {
             "windows": torch.from_numpy(windows),
             "sizes": torch.from_numpy(flat[:, 2:4].copy()),
-            "flips": torch.from_numpy(flat[:, 4:6].astype(bool)),
+            "flips": torch.from_numpy(flat[:, 4:7].astype(bool)),
+            "log_gains": torch.from_numpy(np.stack([gains for _, _, gains in rows], axis=1).reshape(-1)),
         }

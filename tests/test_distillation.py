@@ -299,3 +299,29 @@ def test_feature_window_keeps_the_last_features_and_survives_a_save():
 def test_settings_that_contradict_are_named(settings, words):
     with pytest.raises(TrainingError, match=words):
         check_arguments(TrainingArguments(**settings), 8)
+
+
+@pytest.mark.parametrize("centering", ["mean", "sinkhorn"])
+def test_grouped_targets_of_a_student_with_views_of_its_own(centering):
+    """All views of all images of a group learn from one target: that of the mean of the teacher's logits over it."""
+    torch.manual_seed(3)
+    groups, size, prototypes, student_views = 3, 4, 7, 2
+    batch = groups * size
+    teacher, student = torch.randn(2 * batch, prototypes), torch.randn(student_views * batch, prototypes)
+    loss = DinoLoss(prototypes, 0.1, centering=centering, group_size=size, student_sees_globals=False)
+    ours, monitors = loss(student, teacher, batch, 0.05)
+    means = torch.stack([
+        torch.stack([teacher[view * batch + group * size + one] for one in range(size)]).mean(0)
+        for view in range(2) for group in range(groups)
+    ])  # fmt: skip
+    targets = sinkhorn_targets(means, 0.05) if centering == "sinkhorn" else (means / 0.05).softmax(-1)
+    total = 0.0
+    for teacher_view in range(2):
+        for view in range(student_views):
+            for image in range(batch):
+                target = targets[teacher_view * groups + image // size]
+                total -= float((target * (student[view * batch + image] / 0.1).log_softmax(-1)).sum())
+    assert float(ours) == pytest.approx(total / (2 * student_views * batch), rel=1e-5)
+    assert float(monitors["teacher_entropy"]) == pytest.approx(
+        float(torch.special.entr(targets).sum(1).mean()), rel=1e-5
+    )

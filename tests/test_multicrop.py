@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from pretraining_wsdino import CropSpec, TrainingError, cut_window, draw_boxes, resize_windows
 from pretraining_wsdino.arguments import check_area
+from pretraining_wsdino.multicrop import draw_log_gains
 
 
 def plane(height=120, width=150, dtype=np.uint16, seed=0):
@@ -31,7 +32,7 @@ def test_windows_resized_together_equal_single_crops(size, dtype, clip):
     assert {tuple(flips) for flips in boxes[:, 4:6]} == {(0, 0), (0, 1), (1, 0), (1, 1)}, (
         "the draw should test all flips"
     )
-    for crop, (top, left, height, width, left_right, up_down) in zip(ours, boxes, strict=True):
+    for crop, (top, left, height, width, left_right, up_down, _) in zip(ours, boxes, strict=True):
         cut = np.minimum(field[top : top + height, left : left + width].astype(np.float32), clip) / clip
         cut = torch.from_numpy(cut)[None, None]
         plain = F.interpolate(cut, (size, size), mode="bicubic", align_corners=False, antialias=False)[0]
@@ -40,6 +41,32 @@ def test_windows_resized_together_equal_single_crops(size, dtype, clip):
         if up_down:
             plain = plain.flip(-2)
         torch.testing.assert_close(crop, plain, atol=5e-6, rtol=0)
+
+
+def test_all_symmetries_brightness_and_logarithmic_input():
+    """Against one crop at a time: logarithm, torch's bicubic, flips, transposition, and a shift for the gain."""
+    random, spec = np.random.default_rng(2), CropSpec(64, 24, (0.05, 0.3), transpose=0.5, brightness_sd=0.3)
+    field = plane(seed=5)
+    boxes, gains = draw_boxes(random, spec, field.shape), draw_log_gains(random, spec)
+    assert len({tuple(flips) for flips in boxes[:, 4:]}) == 8
+    assert gains.std() == pytest.approx(0.3, rel=0.3)
+    windows = np.zeros((64, boxes[:, 2].max(), boxes[:, 3].max()), dtype=np.uint16)
+    for window, box in zip(windows, boxes, strict=True):
+        cut_window(field, box, out=window)
+    arguments = torch.from_numpy(windows), torch.from_numpy(boxes[:, 2:4]), torch.from_numpy(boxes[:, 4:] > 0), 24, 1e4
+    log_gains = torch.from_numpy(gains)
+    log = resize_windows(*arguments, intensity_scale="log", log_gains=log_gains)
+    linear = resize_windows(*arguments, log_gains=log_gains)
+    for one, other, gain, (top, left, height, width, left_right, up_down, turned) in zip(
+        log, linear, gains, boxes, strict=True
+    ):
+        cut = torch.from_numpy(field[top : top + height, left : left + width].astype(np.float32))[None, None]
+        scaled = (cut.clamp(min=200) / 1000).log() / 0.8, cut.clamp(max=1e4) / 1e4
+        plain = [F.interpolate(each, (24, 24), mode="bicubic", align_corners=False)[0] for each in scaled]
+        plain = [each.flip([axis for axis, flip in ((-1, left_right), (-2, up_down)) if flip]) for each in plain]
+        plain = [each.transpose(1, 2) if turned else each for each in plain]
+        torch.testing.assert_close(one, plain[0] + gain / 0.8, atol=5e-5, rtol=0)
+        torch.testing.assert_close(other, plain[1] * np.exp(gain), atol=5e-5, rtol=0)
 
 
 def test_rectangular_windows():
@@ -100,7 +127,7 @@ def test_boxes_are_inside_square_and_of_the_drawn_area():
     free = top / (512 - height)
     assert free.mean() == pytest.approx(0.5, abs=0.02)
     assert free.var() == pytest.approx(1 / 12, abs=0.005)
-    np.testing.assert_allclose(boxes[:, 4:].mean(0), [0.5, 0.5], atol=0.03)
+    np.testing.assert_allclose(boxes[:, 4:].mean(0), [0.5, 0.5, 0], atol=0.03)
 
 
 def test_a_box_never_exceeds_the_shorter_side():

@@ -279,3 +279,29 @@ def test_a_memory_map_is_pickled_as_its_file(tmp_path):
     np.testing.assert_array_equal(received.planes, planes)
     for part in (mapped[2:], planes):
         np.testing.assert_array_equal(pickle.loads(pickle.dumps(PlanePairs(part))).planes, part)
+
+
+def test_groups_hold_different_images_of_different_labels():
+    labels = ["a"] * 3 + ["b"] * 10 + ["c"] * 5 + [""] + ["d"] * 2
+    sampler = WeakLabelPairSampler(labels, group_size=4, seed=5)
+    seen = set()
+    for step in range(300):
+        anchors, partners, fallbacks = sampler.draw(step, 12)
+        assert (anchors == partners).all() and not fallbacks
+        groups = anchors.reshape(3, 4)
+        names = [{labels[image] for image in group} for group in groups]
+        assert all(len(name) == 1 for name in names) and len(set.union(*names)) == 3
+        for group, (name,) in zip(groups, names, strict=True):
+            assert len(set(group)) == (4 if labels.count(name) >= 4 else len(set(group)))
+        seen |= set(anchors.tolist())
+    assert seen == set(range(len(labels))) - {18}
+    again = WeakLabelPairSampler(labels, group_size=4, seed=5).draw(7, 12)[0]
+    np.testing.assert_array_equal(again, sampler.draw(7, 12)[0])
+    more = sampler.draw(0, 40)[0].reshape(10, 4)  # more groups than labels: every label before one comes again
+    assert sorted(labels[group[0]] for group in more[:4]) == ["a", "b", "c", "d"]
+
+
+def test_a_label_with_a_single_image_makes_no_group():
+    with pytest.raises(TrainingError, match="lonely"):
+        WeakLabelPairSampler(["a", "a", "lonely"], group_size=2)
+    assert WeakLabelPairSampler(None, num_images=5, group_size=4).group_size == 1
