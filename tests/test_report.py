@@ -1,5 +1,6 @@
 """The report page: what it says, that it needs nothing else, and that a browser shows it without an error."""
 
+import configparser
 import html.parser
 import json
 import re
@@ -12,11 +13,11 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from evaluation_wsdino import ProfileError
 from evaluation_wsdino.evaluate_profiles import evaluate_run
 from evaluation_wsdino.pictures import draw_attention, draw_fields, save_sheet
-from evaluation_wsdino.report import load_run, main, render_report, write_report
-from evaluation_wsdino.report_charts import bars, confusion_table, line_chart, scatter_map, thin, ticks
+from evaluation_wsdino.report import TEMPLATES, load_run, main, render_report, write_report
+from evaluation_wsdino.report.charts import line_chart, scatter_map, thin, ticks
+from wsdino.run_folder import RunFolder
 
 EVIL = '<script>alert("x")</script>&\'"'
 LONG = "N-(" + "methyl" * 60 + ")"
@@ -29,28 +30,14 @@ def make_run(folder, seed=0, source="simulated, seed 7", moas=("Actin disruptors
     """A finished run folder: 3 MOAs x 2 compounds x 2 doses in 2 weeks, two sets, logs and pictures."""
     rng = np.random.default_rng(seed)
     rows = []
-    for week in (1, 2):
-        for plate in (1, 2):
-            for site in range(1, 7):
-                rows.append((f"Week{week}_{plate}", "B02", site, "DMSO", 0.0, "DMSO", "DMSO", f"Week{week}"))
-            for m, moa in enumerate(moas):
-                compound = f"{moa}-{week}"
-                for d, dose in enumerate((0.1, 1.0)):
-                    for site in (1, 2):
-                        well = f"C{m}{d}"
-                        rows.append(
-                            (
-                                f"Week{week}_{plate}",
-                                well,
-                                site,
-                                compound,
-                                dose,
-                                f"{compound}_{dose:g}",
-                                moa,
-                                f"Week{week}",
-                            )
-                        )
-    names = ("Plate", "Well", "Site", "Compound", "Concentration", "Treatment", "MOA", "Batch")
+    for week, plate in ((1, 1), (1, 2), (2, 1), (2, 2)):
+        fields = [("B02", site, "DMSO", 0.0, "DMSO", "DMSO") for site in range(1, 7)]
+        for m, moa in enumerate(moas):
+            compound = f"{moa}-{week}"
+            for d, dose in enumerate((0.1, 1.0)):
+                fields += [(f"C{m}{d}", site, compound, dose, f"{compound}_{dose:g}", moa) for site in (1, 2)]
+        rows += [(f"Week{week}_{plate}", f"Week{week}", *field) for field in fields]
+    names = ("Plate", "Batch", "Well", "Site", "Compound", "Concentration", "Treatment", "MOA")
     metadata = pd.DataFrame(rows, columns=[f"Metadata_{name}" for name in names]).assign(Metadata_Source=source)
     (folder / "profiles").mkdir(parents=True)
     (folder / "pictures").mkdir()
@@ -59,26 +46,23 @@ def make_run(folder, seed=0, source="simulated, seed 7", moas=("Actin disruptors
         for channel in ("dna", "actin"):
             means = {moa: signal * rng.normal(size=5) for moa in moas} | {"DMSO": np.zeros(5)}
             values = np.stack([means[moa] for moa in frame["Metadata_MOA"]]) + rng.normal(size=(len(frame), 5))
-            for index in range(5):
-                frame[f"{channel}_{index:04d}"] = values[:, index]
+            frame[[f"{channel}_{index:04d}" for index in range(5)]] = values
         frame.to_parquet(folder / "profiles" / f"{name}.parquet")
+    monitors = {"lr": 1e-4, "teacher_entropy": 2.0, "mean_entropy": 3.0, "kl": 0.4, "participation_ratio": 3.5}
     for channel in ("dna", "actin"):
+        lines = []
+        for step in range(40):
+            line = {"step": step, "epoch": step / 10}
+            lines.append(line | monitors | {"loss": 4 - step / 20, "images_per_second": 12.0})
+            if step % 10 == 9:
+                lines.append(line | {"nsc": 0.5, "nscb": 0.25 + step / 100})
         (folder / channel).mkdir()
-        with open(folder / channel / "metrics.jsonl", "w") as log:
-            for step in range(40):
-                line = {"step": step, "epoch": step / 10, "loss": 4 - step / 20, "lr": 1e-4, "teacher_entropy": 2.0}
-                line |= {"mean_entropy": 3.0, "kl": 0.4, "participation_ratio": 3.5, "images_per_second": 12.0}
-                log.write(json.dumps(line) + "\n")
-                if step % 10 == 9:
-                    log.write(
-                        json.dumps({"step": step, "epoch": step / 10, "nsc": 0.5, "nscb": 0.25 + step / 100}) + "\n"
-                    )
-        picture = rng.integers(0, 255, size=(40, 60), dtype=np.uint8)
-        Image.fromarray(picture).save(folder / "pictures" / f"attention_{channel}.png")
-        Image.fromarray(picture).save(folder / "pictures" / f"fields_{channel}.png")
-    (folder / "settings.json").write_text(
-        json.dumps({"arguments": {"seed": seed, "num_prototypes": 64}, "git": "abc1234"})
-    )
+        (folder / channel / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        for kind in ("attention", "fields"):
+            picture = rng.integers(0, 255, size=(40, 60), dtype=np.uint8)
+            Image.fromarray(picture).save(folder / "pictures" / f"{kind}_{channel}.png")
+    settings = {"arguments": {"seed": seed, "num_prototypes": 64}, "git": "abc1234"}
+    (folder / "settings.json").write_text(json.dumps(settings))
     evaluate_run(folder, progress=False)
     return folder
 
@@ -123,7 +107,13 @@ class Page(html.parser.HTMLParser):
         return " ".join(" ".join(self.texts).split())
 
 
-def test_the_page_says_what_results_json_holds(runs):
+def page_of(*folders, **options):
+    """The page about run folders or loaded runs."""
+    loaded = [one if hasattr(one, "results") else load_run(one, thumbnails=False) for one in folders]
+    return Page(render_report(loaded, **options))
+
+
+def test_the_page_says_what_results_json_holds_and_each_score_once(runs):
     path = write_report([runs[0]])
     assert path == runs[0] / "report.html" and not list(runs[0].glob("*.partial"))
     page = Page(path.read_text())
@@ -131,16 +121,12 @@ def test_the_page_says_what_results_json_holds(runs):
     for name in ("trained", "untrained"):
         for prefix in ("nsc", "nscb"):
             scores = results["sets"][name]
+            low, high = scores[f"{prefix}_bootstrap"]
             words = f"{100 * scores[prefix]:.1f} % ({scores[f'{prefix}_correct']}/{scores[f'{prefix}_total']})"
-            assert words in page.text
-    for words in (
-        "SIMULATED DATA",
-        "best epoch chosen on test labels",
-        "healthy",
-        "Actin disruptors",
-        "abc1234",
-        "t-SNE",
-    ):
+            assert f"{words} {100 * low:.0f}–{100 * high:.0f} % chance" in page.text
+    start = page.text[: page.text.index("Each channel alone")]
+    assert start.count("trained network") == start.count("untrained network of the same shape") + 1 == 2
+    for words in ("SIMULATED DATA", "best epoch chosen on test labels", "healthy", "abc1234", "t-SNE", "per second"):
         assert words in page.text
     for treatment in results["sets"]["trained"]["treatments"]:
         assert treatment in page.text
@@ -150,122 +136,107 @@ def test_the_page_says_what_results_json_holds(runs):
 
 def test_the_page_asks_for_nothing_outside_itself(runs):
     for folders in (runs[:1], runs):
-        text = render_report([load_run(folder, dataset=False) for folder in folders])
+        text = render_report([load_run(folder, thumbnails=False) for folder in folders])
         page = Page(text)
         assert all(value.startswith(("#", "data:image/")) for _, _, value in page.links)
         assert not re.search(r"https?://|@import|url\(", text)
         anchors = {value[1:] for tag, _, value in page.links if tag == "a"}
-        assert anchors and all(re.search(rf'id="?{name}[">\s]', text) for name in anchors)
+        assert len(anchors) == 9 and all(f'<h2 id="{name}">' in text for name in anchors)
         assert "default-src 'none'" in text
 
 
-def test_two_runs_are_compared(runs):
-    page = Page(render_report([load_run(folder, dataset=False) for folder in runs]))
-    assert "WS-DINO: first and second" in page.text
-    assert "second against first" in page.text
-    assert "all runs: mean ± SD" in page.text
-    for name in ("first: trained", "second: untrained", "first, NSC", "second, NSCB"):
-        assert name in page.text
+def test_several_runs_are_compared_and_folded_where_they_are_many(runs):
+    for count in (2, 3):
+        loaded = [load_run(folder, thumbnails=False) for folder in (*runs, runs[1])[:count]]
+        for run, name in zip(loaded, ("first", "second", "third"), strict=False):
+            run.name = name
+        text = render_report(loaded)
+        words = Page(text).text
+        assert ("third against first" in words) == (count == 3) and "second against first not told apart" in words
+        assert "first: trained against untrained" in words and "all runs: mean ± SD" in words
+        for name in ("first: untrained", "second: untrained", "first, NSC", "second, NSCB"):
+            assert name in words
+        folded = [text.split("</summary>")[0] for text in text.split("<details><summary>")[1:]]
+        assert len(folded) == (2 + 4 + 2 if count == 3 else 3), folded
 
 
 def test_epochs_of_seeds_and_of_all_channels_together(runs):
     """The window's means, and the best epoch, by hand: NSCB was logged as 0.25 + step / 100 at epochs 0.9 ... 3.9."""
-    loaded = [load_run(folder, dataset=False) for folder in runs]
+    loaded = [load_run(folder, thumbnails=False) for folder in runs]
     for run, scores in zip(loaded, ((0.1, 0.6, 0.4), (0.3, 0.2, 0.8)), strict=True):
-        lines = [{"step": 10 * e, "epoch": e, "nsc": 0.9, "nscb": s} for e, s in zip((1, 3, 4), scores, strict=True)]
-        run["metrics"]["all channels"] = lines
-    text = Page(render_report(loaded, window=(3, 4))).text
+        run.metrics["all channels"] = [
+            {"step": 10 * e, "epoch": e, "nsc": 0.9, "nscb": s} for e, s in zip((1, 3, 4), scores, strict=True)
+        ]
+    text = page_of(*loaded, window=(3, 4)).text
     # Means over epochs 3 and 4 are 0.5 and 0.5, the best of the first 60 % at 3 and of the second 80 % at 4.
-    assert "all channels, first 40.0 % at 4 50.0 % 60.0 % at 3 best epoch chosen on test labels" in text
-    assert "all channels, second 80.0 % at 4 50.0 % 80.0 % at 4 best epoch chosen on test labels" in text
+    best = "best epoch chosen on test labels"
+    assert f"all channels, first 40.0 % at 4 50.0 % epochs 3 to 4 60.0 % at 3 {best}" in text
+    assert f"all channels, second 80.0 % at 4 50.0 % epochs 3 to 4 80.0 % at 4 {best}" in text
     assert "all channels, all runs: mean ± SD 50.0 % ± 0" in text
     # One channel: in the window epoch 3.9 alone, step 39.
-    assert "dna, first 64.0 % at 3.9 64.0 % 64.0 % at 3.9" in text
-    # Without a window it is the last quarter of what every run of that channel reached: epochs 3 to 4.
-    assert "all channels, first 40.0 % at 4 50.0 %" in Page(render_report(loaded)).text
-
-
-def test_windows_that_differ_are_named_where_they_hold(runs):
-    """The last quarter of one channel's epochs is not that of another: 2.92 to 3.9 of dna, 3 to 4 of all."""
-    loaded = [load_run(runs[0], dataset=False)]
-    loaded[0]["metrics"]["all channels"] = [{"step": 10 * e, "epoch": e, "nsc": 0.9, "nscb": 0.5} for e in (1, 3, 4)]
-    text = Page(render_report(loaded)).text
-    assert "last epoch mean of a window best epoch" in text
-    assert "64.0 % epochs 2.92 to 3.9" in text and "50.0 % epochs 3 to 4" in text
-
-
-def test_several_runs_begin_with_what_compares_them(runs, tmp_path):
-    """A line a run, and a verdict against the first of them; what each must beat stands in the tables below."""
-    for count in (2, 3):
-        loaded = [load_run(folder, dataset=False) for folder in (*runs, runs[1])[:count]]
-        for run, name in zip(loaded, ("first", "second", "third"), strict=False):
-            run["name"] = name
-        text = render_report(loaded)
-        start, rest = (re.sub(r"\s+", " ", part) for part in text.split("<h2 id=sets>"))
-        verdicts = re.sub("<[^>]+>", "", start)
-        assert ("second: NSC not told apart from first" in verdicts, "third: NSC" in verdicts) == (True, count == 3)
-        assert "from untrained" not in verdicts and "first: trained against untrained" in rest
-        assert (' class="card"' in start) == (count == 2)
-        for summary in ("6 sets of profiles, and", "6 comparisons within", "6 sets of profiles<"):
-            assert (f"<details><summary>{summary}" in rest) == (count == 3)
-    assert "not corrected for their number" in Page(text).text
+    assert "dna, first 64.0 % at 3.9 64.0 % epochs 3 to 4 64.0 % at 3.9" in text
+    # Without a window it is the last quarter of what every run of that channel reached.
+    text = page_of(*loaded).text
+    assert "all channels, first 40.0 % at 4 50.0 % epochs 3 to 4" in text
+    assert "dna, first 64.0 % at 3.9 64.0 % epochs 2.92 to 3.9" in text
 
 
 def test_runs_scored_by_different_protocols_are_not_compared_in_silence(runs):
-    loaded = [load_run(folder, dataset=False) for folder in runs]
-    assert "scored differently" not in Page(render_report(loaded)).text
-    loaded[1]["results"]["protocol"]["batch_rule"] = "disjoint"
-    text = Page(render_report(loaded)).text
-    assert "The runs were scored differently (batch_rule: median, disjoint)" in text
+    loaded = [load_run(folder, thumbnails=False) for folder in runs]
+    assert "scored differently" not in page_of(*loaded).text
+    loaded[1].results["protocol"]["batch_rule"] = "disjoint"
+    assert "The runs were scored differently (batch_rule: median, disjoint)" in page_of(*loaded).text
 
 
 def test_words_follow_the_protocol(runs):
     """Another plate of the same batch is not another batch, and the vote of five is not the nearest one."""
-    run = load_run(runs[0], dataset=False)
-    plain = Page(render_report([run])).text
-    assert "in other batches, where batch effects cannot help" in plain and "other compound and batch (NSCB)" in plain
-    run["results"]["protocol"] |= {"batch_rule": "plate", "k": 5}
-    query = run["results"]["sets"]["trained"]["nsc_queries"][0]
+    run = load_run(runs[0], thumbnails=False)
+    plain = page_of(run).text
+    assert "in other batches" in plain and "other compound and batch (NSCB)" in plain
+    run.results["protocol"] |= {"batch_rule": "plate", "k": 5}
+    query = run.scores["nsc_queries"][0]
     query |= {"neighbours": [query["neighbour"], 1, 2], "predicted": "DNA damage"}
-    text = Page(render_report([run])).text
-    assert "on other plates, which may be of the same batch" in text and "other compound and plate (NSCB)" in text
-    assert "in other batches" not in text and "another batch" not in text
-    assert "columns the vote of its 5 nearest neighbours" in text and "that of the nearest neighbour" not in text
-    assert "the vote of the 5 treatments most alike" in text and "vote: DNA damage" in text
+    text = page_of(run).text
+    assert "on other plates, which may belong to the same batch" in text and "compound and plate (NSCB)" in text
+    assert "in other batches" not in text and "the vote of the 5 nearest neighbours" in text
+    assert "the vote of the 5 most similar treatments" in text and "vote: DNA damage" in text
+
+
+def test_files_of_earlier_versions_are_read_under_present_names(tmp_path):
+    folder = make_run(tmp_path / "old")
+    (folder / "profiles" / "untrained.parquet").rename(folder / "profiles" / "count.parquet")
+    settings = {"arguments": {"epochs": 24, "batch_size": 32}, "dataset": {"part": "annotated"}}
+    (folder / "settings.json").write_text(json.dumps(settings))
+    evaluate_run(folder, progress=False)
+    results = RunFolder(folder).results()
+    assert set(results["sets"]) == {"trained", "nuclei"} and results["comparisons"][0]["first"] == "nuclei"
+    assert results["settings"]["arguments"] == {"num_train_epochs": 24, "per_device_train_batch_size": 32}
+    assert results["settings"]["dataset"] == {"subset": "annotated"}
+    assert RunFolder(folder).metrics("dna")[0]["pairs_per_second"] == 12.0
+    text = page_of(folder).text
+    assert "trained against nuclei" in text and "nuclei nuclei counted" in text
 
 
 def test_a_score_that_is_not_a_number_is_no_point_of_a_curve(tmp_path):
-    """Of a screen of a single batch, which has no NSCB, training logs NaN."""
+    """For a screen of a single batch, which has no NSCB, training logs NaN."""
     folder = make_run(tmp_path / "run")
     log = folder / "dna" / "metrics.jsonl"
     log.write_text(re.sub(r'"nscb": [0-9.]+', '"nscb": NaN', log.read_text()))
-    text = Page(render_report([load_run(folder, dataset=False)])).text
+    text = page_of(folder).text
     assert "dna" in text and "nan" not in text.lower().split()
 
 
 def test_numbers_do_not_part_from_their_per_cent_sign(runs):
-    text = render_report([load_run(folder, dataset=False) for folder in runs])
+    text = render_report([load_run(folder, thumbnails=False) for folder in runs])
     assert not re.search(r"\d %", re.sub(r"<(title|style|script)\b.*?</\1>", "", text, flags=re.DOTALL))
 
 
-def test_every_label_is_escaped(tmp_path):
-    folder = make_run(
-        tmp_path / "a&<b>", moas=(EVIL, "x<img src=y onerror=z>", "DNA & damage"), source=f"simulated {EVIL}"
-    )
-    (folder / "settings.json").write_text(json.dumps({EVIL: EVIL, "arguments": {"name": "</script><b>"}}))
-    picture = folder / "pictures" / "attention_dna.png"
-    picture.rename(picture.with_name("attention_<b>bold.png"))
-    evaluate_run(folder, progress=False)
-    page = Page(write_report([folder]).read_text())
-    assert page.scripts == 1 and EVIL in page.text and "x<img src=y onerror=z>" in page.text
-    assert not any(value == "y" for _, _, value in page.links)
-
-
-def test_hostile_names_through_a_whole_report(tmp_path):
-    """Markup, quotes, control characters, right-to-left and very long names: as channel-wide, treatment and picture
-    titles they are text, and the page stays well formed."""
+def test_hostile_names_are_text_wherever_they_stand(tmp_path):
+    """Markup, quotes, control characters, right-to-left and very long names, of everything that data name."""
     moas = (EVIL, "</style></script><svg onload=alert(1)>", f"‮阻害剤 {LONG}")
-    folder = make_run(tmp_path / "run", moas=moas, source='simulated, "><b>')
+    folder = make_run(tmp_path / "a&<b>", moas=moas, source='simulated, "><b>')
+    settings = {EVIL: EVIL, "arguments": {"name": "</script><b>"}, "dataset": {"path": "x<img src=y onerror=z>"}}
+    (folder / "settings.json").write_text(json.dumps(settings))
     log = folder / "dna" / "metrics.jsonl"
     log.write_text(log.read_text() + json.dumps({"step": 40, "loss": float("nan"), EVIL: EVIL}) + "\n")
     titles = [EVIL, "a\x00b", "]]><!--", LONG]
@@ -273,50 +244,46 @@ def test_hostile_names_through_a_whole_report(tmp_path):
     save_sheet(draw_fields(fields, titles, width=40), folder / "pictures" / "fields_dna.png")
     save_sheet(
         draw_attention(np.stack(fields), np.ones((4, 1, 2, 3)), np.ones((4, 2, 3), bool), titles, width=40),
-        folder / "pictures" / "attention_actin.png",
+        folder / "pictures" / "attention_<b>bold.png",
     )
     evaluate_run(folder, progress=False)
     text = write_report([folder]).read_text()
     page = Page(text)
     assert page.scripts == 1 and text.count("</script") == 1 and text.count("<!--") == 0
-    for name in (*moas, EVIL, LONG, "]]><!--"):
+    for name in (*moas, EVIL, LONG, "]]><!--", "</script><b>", "x<img src=y onerror=z>", "a&<b>", "<b>bold"):
         assert " ".join(name.split()) in page.text, name
     pictures = [value for tag, key, value in page.links if tag == "img"]
-    assert len(pictures) == 4 + 4 * 4 + 2 and all(value.startswith("data:image/") for value in pictures)
+    assert len(pictures) == 4 + 4 * 4 + 3 and all(value.startswith("data:image/") for value in pictures)
 
 
 def test_a_headline_that_is_no_trained_network_is_not_called_one(tmp_path):
     folder = make_run(tmp_path / "imagenet")
-    assert "as training left it" in Page(render_report([load_run(folder, dataset=False)])).text
+    assert "as training left it" in page_of(folder).text
     (folder / "profiles" / "trained.parquet").unlink()
     evaluate_run(folder, progress=False)
-    text = Page(render_report([load_run(folder, dataset=False)])).text
-    assert "NSC, untrained" in text and "as training left it" not in text
+    text = page_of(folder).text
+    assert "untrained network" in text and "as training left it" not in text
 
 
-def test_real_data_carry_no_banner(tmp_path):
-    page = Page(write_report([make_run(tmp_path / "real", source="BBBC021v1")]).read_text())
-    assert "SIMULATED" not in page.text and "simulated" not in page.text
-
-
-def test_a_run_without_logs_pictures_or_settings(tmp_path):
-    folder = make_run(tmp_path / "bare")
+def test_a_run_of_real_data_without_logs_pictures_or_settings(tmp_path):
+    folder = make_run(tmp_path / "bare", source="BBBC021v1")
     for name in ("dna", "actin", "pictures"):
         shutil.rmtree(folder / name)
     (folder / "settings.json").unlink()
     evaluate_run(folder, progress=False)
     page = Page(write_report([folder]).read_text())
     assert "Did training go well" not in page.text and "What the network sees" not in page.text
+    assert "simulated" not in page.text.lower()
 
 
 def test_held_out_compounds_are_summed_over_runs_and_notes_are_shown(runs):
-    loaded = [load_run(folder, dataset=False) for folder in runs]
+    loaded = [load_run(folder, thumbnails=False) for folder in runs]
     for run, compound, right in zip(loaded, ("AZ-C", "taxol"), (2, 1), strict=True):
-        part = {"compounds": [compound], "nsc_correct": right, "nsc_total": 3, "nscb_correct": 0, "nscb_total": 0}
-        run["results"]["sets"]["trained"]["held_out"] = part
-        run["results"]["notes"] = ["Training saw the MOA."]
-    text = Page(render_report(loaded)).text
-    assert "first: AZ-C" in text and "50.0 % (3/6)" in text and "– (0/0)" in text
+        counts = {"nsc_correct": right, "nsc_total": 3, "nscb_correct": 0, "nscb_total": 0}
+        run.scores["held_out"] = {"compounds": [compound]} | counts
+        run.results["notes"] = ["Training saw the MOA."]
+    text = page_of(*loaded).text
+    assert "first: AZ-C 2/3 0/0" in text and "all runs together 50.0 % (3/6) no query" in text
     assert "second: Training saw the MOA." in text
 
 
@@ -330,51 +297,56 @@ def test_thumbnails_from_a_built_dataset(runs, tiny_screen):
     import datasets
 
     table = datasets.load_dataset(str(tiny_screen), "annotated", split="train")
-    run = load_run(runs[0], dataset=tiny_screen)
-    assert set(run["thumbnails"]) == set(table["treatment"])
-    assert all(uri.startswith("data:image/jpeg;base64,") for uri in run["thumbnails"].values())
-    name = run["results"]["sets"]["trained"]["treatments"][0]
-    run["thumbnails"][name] = next(iter(run["thumbnails"].values()))
-    images = [value for tag, _, value in Page(render_report([run])).links if tag == "img"]
-    assert run["thumbnails"][name] in images
+    run = load_run(runs[0], tiny_screen)
+    assert set(run.thumbnails) == set(table["treatment"])
+    assert all(uri.startswith("data:image/jpeg;base64,") for uri in run.thumbnails.values())
+    name = run.scores["treatments"][0]
+    run.thumbnails[name] = next(iter(run.thumbnails.values()))
+    assert run.thumbnails[name] in [value for tag, _, value in page_of(run).links if tag == "img"]
 
 
 def test_the_command_and_bad_input(runs, tmp_path, capsys):
-    main([str(runs[0]), "--output", str(tmp_path / "page.html"), "--no_thumbnails"])
+    page = tmp_path / "page.html"
+    main([str(runs[0]), "--output", str(page), "--no_thumbnails", "--window", "0.5", "2"])
     assert "page.html" in capsys.readouterr().out
+    # NSCB was logged at epochs 0.9, 1.9, 2.9 and 3.9 as 0.25 + step / 100: of the window's two the mean is 0.39.
+    assert "39.0 % epochs 0.5 to 2" in Page(page.read_text()).text
+    page.unlink()
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (tmp_path / "file").write_text("")
 
     def error(*arguments):
         with pytest.raises(SystemExit) as stopped:
             main([str(argument) for argument in arguments])
-        assert stopped.value.code == 2
         text = capsys.readouterr().err
-        assert text.count("\n") == 1 and text.startswith("wsdino-report: error: ")
+        assert stopped.value.code == 2 and text.count("\n") == 1 and text.startswith("wsdino-report: error: ")
+        assert not list(tmp_path.rglob("*.html")) and not list(tmp_path.rglob("*.partial"))
         return text
 
-    main([str(runs[0]), "--output", str(tmp_path / "page.html"), "--no_thumbnails", "--window", "0.5", "2"])
-    text = Page((tmp_path / "page.html").read_text()).text
-    # NSCB was logged at epochs 0.9, 1.9, 2.9 and 3.9 as 0.25 + step / 100: of the window's two the mean is 0.39.
-    assert "mean of epochs 0.5 to 2" in text and "39.0 %" in text
-    assert "--window takes" in error(runs[0], "--window", 3, 1)
-    assert "is not a folder" in error(tmp_path / "absent")
-    (tmp_path / "empty").mkdir()
-    assert "run wsdino-evaluate" in error(tmp_path / "empty")
-    for content, words in (
-        ("{", "is not JSON"),
-        ("[]", "not a result"),
-        ('{"format": 1, "sets": {"a": 1}}', "not a result"),
-        ('{"format": 99}', "not a result"),
-    ):
-        (tmp_path / "empty" / "results.json").write_text(content)
-        assert words in error(tmp_path / "empty")
-    assert "--dataset /nowhere is not a folder" in error(runs[0], "--dataset", "/nowhere")
-    assert "is not a dataset with treatments and previews" in error(runs[0], "--dataset", tmp_path / "empty")
-    assert "No such file" in error(runs[0], "--output", tmp_path / "no" / "such" / "place.html", "--no_thumbnails")
-    with pytest.raises(ProfileError):
-        load_run(tmp_path / "absent")
+    assert "--window" in error(runs[0], "--output", page, "--window", 3, 1)
+    assert "absent" in error(tmp_path / "absent")
+    assert "wsdino-evaluate" in error(empty)
+    for content in ("{", "[]", '{"format": 1, "sets": {"a": 1}}', '{"format": 99}'):
+        (empty / "results.json").write_text(content)
+        assert "results.json" in error(empty)
+    results = json.loads((runs[0] / "results.json").read_text())
+    del results["sets"]["trained"]["nscb_confusion"]
+    (empty / "results.json").write_text(json.dumps(results))
+    assert "nscb_confusion" in error(empty)
+    assert "--dataset /nowhere" in error(runs[0], "--output", page, "--dataset", "/nowhere")
+    assert "empty is not a built dataset" in error(runs[0], "--output", page, "--dataset", empty)
+    assert "file" in error(runs[0], "--output", tmp_path / "file" / "page.html", "--no_thumbnails")
 
 
 # ---------------------------------------------------------------- charts
+
+
+def drawn(macro, *arguments):
+    """What a macro of the charts writes, well formed."""
+    text = str(getattr(TEMPLATES.get_template("charts.html").module, macro)(*arguments))
+    Page(text)
+    return text
 
 
 def test_ticks_are_round_and_span_the_values():
@@ -389,40 +361,37 @@ def test_ticks_are_round_and_span_the_values():
 
 
 def test_thinning_keeps_the_mean_and_drops_what_is_not_a_number():
-    xs, ys = list(range(1000)), list(np.random.default_rng(0).normal(size=1000))
-    points = thin(xs, ys, most=100)
-    assert len(points) == 100 and np.mean([y for _, y in points]) == pytest.approx(np.mean(ys))
-    assert thin([1, 2, 3], [1.0, float("nan"), None]) == [(1, 1.0)]
+    values = list(enumerate(np.random.default_rng(0).normal(size=1000)))
+    points = thin(values, most=100)
+    assert len(points) == 100 and np.mean([y for _, y in points]) == pytest.approx(np.mean([y for _, y in values]))
+    assert thin([(1, 1.0), (2, float("nan")), (3, None)]) == [(1, 1.0)] and thin([]) == []
+
+
+def test_a_line_chart_places_points_by_a_plain_rule():
+    chart = line_chart("t", [("a", [(0, 0.0), (10, 1.0)], "#000", True)], share=True)
+    assert chart["curves"][0]["places"] == [(56.0, 176.0), (350.0, 10.0)]  # the corners of the plotting area
+    assert 'points="56.0,176.0 350.0,10.0 "' in drawn("line_chart", chart)
+    assert line_chart("t", [("a", [], "#000", False)]) is None
 
 
 def test_a_line_chart_names_the_place_of_a_single_point_and_fits_its_numbers():
-    text = line_chart("Learning rate", [("dna", [12], [0.00015], "#000", "solid")])
-    assert ">12</text>" in text
+    text = drawn("line_chart", line_chart("Learning rate", [("dna", [(12, 0.00015)], "#000", False)]))
+    assert ">12</text>" in text and "<circle" in text
     label = re.search(r'<text class="tick" x="(\d+)" y="[^"]+" text-anchor="end">([\d.]{7})</text>', text)
     assert float(label[1]) >= 6.9 * 7  # eleven pixels high, a digit is 6.9 wide in the widest of common fonts
 
 
 def test_ticks_of_a_narrow_range_are_told_apart():
-    text = line_chart("Entropy", [("dna", [0, 1], [11.0, 11.1], "#000", "solid")])
-    labels = re.findall(r'text-anchor="end">([^<]+)</text>', text)
+    labels = [label for _, label in line_chart("t", [("a", [(0, 11.0), (1, 11.1)], "#000", False)])["y_ticks"]]
     assert [float(label) for label in labels] == ticks(11.0, 11.1, 4) and len(set(labels)) == len(labels)
 
 
-def test_a_line_chart_places_points_by_a_plain_rule():
-    text = line_chart("t", [("a", [0, 10], [0.0, 1.0], "#000", "solid")], share=True)
-    points = re.search(r'points="([^"]+)"', text).group(1).split()
-    (x0, y0), (x1, y1) = [tuple(map(float, point.split(","))) for point in points]
-    assert (x0, y0) == (56.0, 176.0) and (x1, y1) == (350.0, 10.0)  # the corners of the plotting area
-    assert line_chart("t", [("a", [], [], "#000", "solid")]) == ""
-    assert "<circle" in line_chart("t", [("a", [1], [2.0], "#000", "solid")])
-
-
 def test_small_charts_are_well_formed():
-    Page(bars([("a<b", [(0.5, "1/2", "#000"), (None, "left out", "#111")])], [("x", "#000")]))
-    table = Page(confusion_table(["a", "b"], [[2, 1], [0, 0]], "c"))
+    drawn("bars", [("a<b", [(0.5, "1/2", "#000"), (0, "left out", "#111")])])
+    table = Page(drawn("confusion_table", ["a", "b"], [[2, 1], [0, 0]], "c"))
     assert "2" in table.texts and "1" in table.texts
     point = {"x": 0.0, "y": 0.0, "label": "p", "moa": "a"}
-    Page(scatter_map([point], [("moa", "mechanism", ["a"])]))
+    assert "translate(310.0,310.0)" in drawn("scatter_map", scatter_map([point], [("moa", "mechanism", ["a"])]))
 
 
 # ---------------------------------------------------------------- in a browser
@@ -433,7 +402,7 @@ def test_small_charts_are_well_formed():
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_browser_shows_the_page_without_errors_and_without_sideways_scrolling(runs, tmp_path, width):
     hostile = make_run(tmp_path / "hostile", moas=(EVIL, LONG, "</style></script><svg onload=alert(1)>"))
-    page = write_report([*runs, hostile], tmp_path / "page.html", dataset=False)
+    page = write_report([*runs, hostile], tmp_path / "page.html", thumbnails=False)
     # The probe stands in a frame of the wanted width, since a headless window has a least width of its own.
     probe = tmp_path / "probe.html"
     content = escape_attribute(page.read_text())
@@ -453,7 +422,7 @@ def test_a_browser_shows_the_page_without_errors_and_without_sideways_scrolling(
           mark.dispatchEvent(new w.PointerEvent("pointermove", {bubbles: true, clientX: 5, clientY: 5}));
           document.title = JSON.stringify({
             wide: d.documentElement.scrollWidth, shown: shown, left: left.length,
-            missed: d.querySelectorAll('#neighbours-0 tbody tr[data-miss="1"]').length,
+            missed: d.querySelectorAll('#neighbours-0 tbody tr:not([data-miss="0"])').length,
             tip: d.getElementById("tip").textContent});
           document.body.setAttribute("data-result", document.title);
         });
@@ -480,9 +449,10 @@ def escape_attribute(text):
     return text.replace("&", "&amp;").replace('"', "&quot;")
 
 
-def test_style_and_script_are_shipped():
-    folder = Path(__file__).parent.parent / "evaluation_wsdino"
-    setup = (folder.parent / "setup.cfg").read_text()
-    line = next(line for line in setup.splitlines() if line.startswith("evaluation_wsdino ="))
-    for name in ("report.css", "report.js"):
-        assert (folder / name).exists() and f"*{Path(name).suffix}" in line
+def test_templates_style_and_script_are_shipped():
+    root = Path(__file__).parents[1]
+    setup = configparser.ConfigParser()
+    setup.read(root / "setup.cfg")
+    shipped = setup["options.package_data"]["evaluation_wsdino.report"]
+    for path in (root / "evaluation_wsdino" / "report").iterdir():
+        assert path.suffix in (".py", "") or f"*{path.suffix}" in shipped

@@ -4,6 +4,7 @@ It knows paths and plain JSON, never networks.
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +34,23 @@ PROFILE_SETS = {
 }
 
 
-def ordered_sets(names) -> list[str]:
+# What earlier versions called a profile set, a setting of training, or an entry of metrics.jsonl. Their run folders
+# are read like those of this version.
+OLD_NAMES = {
+    "count": "nuclei",
+    "images_per_second": "pairs_per_second",
+    "part": "subset",
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+}
+
+
+def renamed(content: dict) -> dict:
+    """The same dictionary with keys of earlier versions under their present names."""
+    return {OLD_NAMES.get(key, key): value for key, value in content.items()}
+
+
+def ordered_sets(names: Iterable[str]) -> list[str]:
     """Names of profile sets in the order of `PROFILE_SETS`, others after them by name."""
     known = list(PROFILE_SETS)
     return sorted(names, key=lambda name: (known.index(name) if name in known else len(known), name))
@@ -123,6 +140,33 @@ class RunFolder:
             raise UserError(f"{self.settings_file} is damaged: {fix}.")
         return settings
 
+    def results(self) -> dict:
+        """Content of results.json, whose keys wsdino-evaluate describes, under the names of this version.
+
+        Raises
+        ------
+        UserError
+            The folder is absent or was not evaluated, or its results are damaged or of another version.
+        """
+        if not self.path.is_dir():
+            raise UserError(f"{self.path} is not a folder: give the folder of a training run, such as runs/demo.")
+        fix = f"run wsdino-evaluate {self.path} first"
+        needs = ("simulated", "sources", "headline", "comparisons", "counts", "protocol", "sets", "versions")
+        results = read_json(self.results_file, needs=needs, fix=fix)
+        sets, settings = results["sets"], results.get("settings") or {}
+        dictionaries = [sets, *(sets.values() if isinstance(sets, dict) else ()), settings, results["headline"]]
+        dictionaries += [settings.get(key) or {} for key in ("arguments", "dataset") if isinstance(settings, dict)]
+        if results.get("format") != 1 or not sets or not all(isinstance(one, dict) for one in dictionaries):
+            raise UserError(f"{self.results_file} is damaged or of another version: {fix}.")
+        results["sets"] = renamed(sets)
+        results["headline"]["set"] = OLD_NAMES.get(results["headline"]["set"], results["headline"]["set"])
+        for comparison in results["comparisons"]:
+            comparison |= {key: OLD_NAMES.get(comparison[key], comparison[key]) for key in ("first", "second")}
+        results["settings"] = settings | {
+            key: renamed(settings[key]) for key in ("arguments", "dataset") if settings.get(key)
+        }
+        return results
+
     def trained_channels(self) -> list[str]:
         """The run's channels that have a trained model, in the run's order.
 
@@ -144,9 +188,9 @@ class RunFolder:
         """Lines of a channel's metrics.jsonl; a last line that a killed run left half-written is left out."""
         path = self.metrics_file(channel)
         lines = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        for line in path.read_bytes().splitlines() if path.exists() else []:
             try:
                 lines.append(json.loads(line))
             except ValueError:
                 continue
-        return [line for line in lines if isinstance(line, dict)]
+        return [renamed(line) for line in lines if isinstance(line, dict)]
