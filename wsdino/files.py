@@ -19,17 +19,19 @@ PARTIAL = ".partial"
 def written_whole(path: str | Path) -> Iterator[Path]:
     """A path beside `path` to write a file or a folder to; it takes the name `path` when the block ends well.
 
-    A reader never sees half of it. What stood at `path` is replaced; it is kept when the block raises.
+    A reader never sees half of it. What stood at `path` is replaced; it is kept when the block raises. A folder cannot
+    replace a folder in one step: a kill between the two renames leaves the former one as `<path>.old`, and whoever
+    writes next puts it back first.
     """
     path = Path(path)
-    partial = path.with_name(path.name + PARTIAL)
+    partial, old = path.with_name(path.name + PARTIAL), path.with_name(path.name + ".old")
     path.parent.mkdir(parents=True, exist_ok=True)
     remove(partial)
+    if old.is_dir() and not path.exists():
+        old.rename(path)
     try:
         yield partial
         if path.is_dir():
-            # A folder cannot replace one that has content: two renames, so that one of both always exists.
-            old = path.with_name(path.name + ".old")
             remove(old)
             path.rename(old)
             partial.rename(path)
@@ -91,14 +93,10 @@ def read_json(path: str | Path, *, needs: Iterable[str] = (), fix: str) -> dict:
 
 def digest(path: str | Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file) -> str:  # Python 3.10 has no hashlib.file_digest
     total = hashlib.sha256()
-    while block := file.read(2**20):
-        total.update(block)
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            total.update(block)
     return total.hexdigest()
 
 

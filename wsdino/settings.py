@@ -1,12 +1,21 @@
 """Settings of a command: each stands once, as a field of a dataclass with its type, bounds and help text."""
 
 import argparse
+import operator
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import field, fields, make_dataclass
+from collections.abc import Mapping
+from dataclasses import Field, field, fields, make_dataclass
 from typing import Any, get_type_hints
 
 from .errors import UserError
+
+# Key of a field's metadata, what must hold between a value and the bound, and the words for it.
+BOUNDS = (
+    ("low", operator.ge, "at least"),
+    ("above", operator.gt, "above"),
+    ("high", operator.le, "at most"),
+    ("below", operator.lt, "below"),
+)
 
 
 def setting(default: Any, help: str, *, low: float | None = None, above: float | None = None,
@@ -34,21 +43,15 @@ def check_bounds(settings: Any) -> None:
     UserError
         Naming the flag, the value and the bound; NaN is refused wherever there is a bound.
     """
-    rules: tuple[tuple[str, Callable, str], ...] = (
-        ("low", lambda value, bound: value >= bound, "at least"),
-        ("above", lambda value, bound: value > bound, "above"),
-        ("high", lambda value, bound: value <= bound, "at most"),
-        ("below", lambda value, bound: value < bound, "below"),
-    )
     for each in fields(settings):
         value = getattr(settings, each.name)
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, bool) or not isinstance(number, int | float):
                 continue
-            for key, holds, words in rules:
+            for key, holds, words in BOUNDS:
                 bound = each.metadata.get(key)
                 if bound is not None and not holds(number, bound):
-                    raise UserError(f"--{each.name} is {number:g}: give a number {words} {bound:g}.")
+                    raise UserError(f"--{each.name} is {number}: give a number {words} {bound}.")
 
 
 def parse_settings(
@@ -91,7 +94,7 @@ def parse_settings(
             sys.stderr.write(f"{prog}: {name} is now called --{new}; the old name will go with the next release.\n")
             argv[index] = f"--{new}{equals}{value}"
     parser = HfArgumentParser(
-        _without_bounds(kind), prog=prog, description=description, allow_abbrev=False,
+        _for_argparse(kind), prog=prog, description=description, allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
     for name in positional:
@@ -112,19 +115,12 @@ def parse_settings(
     return settings
 
 
-def _without_bounds(kind: type) -> type:
-    """The same dataclass with help texts alone beside its fields, all of which HfArgumentParser hands to argparse."""
+def _for_argparse(kind: type) -> type:
+    """The same fields with help texts alone: HfArgumentParser hands all metadata to argparse, which formats "%"."""
     hints = get_type_hints(kind)
-    plain = [
-        (
-            each.name,
-            hints[each.name],
-            field(
-                default=each.default,
-                default_factory=each.default_factory,
-                metadata={"help": each.metadata["help"]},
-            ),
-        )
-        for each in fields(kind)
-    ]
-    return make_dataclass(kind.__name__, plain)
+
+    def plain(each: Field) -> Field:
+        texts = {"help": each.metadata["help"].replace("%", "%%")}
+        return field(default=each.default, default_factory=each.default_factory, metadata=texts)
+
+    return make_dataclass(kind.__name__, [(each.name, hints[each.name], plain(each)) for each in fields(kind)])
