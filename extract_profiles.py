@@ -107,7 +107,7 @@ class Extractor:
         weights = hashlib.sha256()
         for name, tensor in self.model.state_dict().items() if self.model is not None else ():
             weights.update(name.encode() + tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
-        names = ("tiles", "tile_size", "tile_grid", "max_intensity")
+        names = ("tiles", "tile_size", "tile_grid", "max_intensity", "intensity_scale", "symmetries")
         shape = ("patch_size", "num_attention_heads", "layer_norm_eps")
         return {
             "weights": weights.hexdigest() if self.model is not None else None,
@@ -501,10 +501,15 @@ def write_pictures(folder: Path, extractors: dict[str, Extractor], dataset) -> N
         # One picture of the whole centre that the tiles cover: the network takes any size, and cells stay uncut.
         patch = model.config.patch_size
         side = min(image_processor.tile_size * image_processor.tile_grid, min(planes.like.shape) // patch * patch)
-        whole = WSDinoImageProcessor(tile_size=side, tile_grid=1, max_intensity=limit)
-        centres = np.stack([whole.field_tiles(planes[index])[0] for index in range(min(4, len(planes)))])
+        centres, seen = (
+            np.stack([whole.field_tiles(planes[index])[0] for index in range(min(4, len(planes)))])
+            for whole in (
+                WSDinoImageProcessor(tile_size=side, tile_grid=1, max_intensity=limit, intensity_scale=scale)
+                for scale in ("linear", image_processor.intensity_scale)
+            )
+        )
         with torch.no_grad():
-            maps = model.float().cpu().eval().attention_maps(torch.from_numpy(centres))
+            maps = model.float().cpu().eval().attention_maps(torch.from_numpy(seen))
         masks = attention_mass_mask(maps.mean(1), 0.6)
         sheet = draw_attention(centres[:, 0], maps.numpy(), masks.numpy(), titles[: len(centres)])
         save_sheet(sheet, folder / f"attention_{channel}.png")

@@ -120,7 +120,7 @@ def model_card(
         comparison=_comparison_words(results) if combined else "",
         depth="8-bit" if processor["max_intensity"] <= 255 else "16-bit",
         scope=_SIMULATED_SCOPE if simulated else _MEASURED_SCOPE,
-        intensity=f"clipped at {processor['max_intensity']:,.0f}",
+        intensity=_intensity_words(processor),
     )
     init = (settings.get("arguments") or {}).get("init")
     data = ModelCardData(
@@ -280,6 +280,12 @@ def _data_words(results: dict, settings: dict, dataset_id: str | None, dataset_n
     )
 
 
+def _intensity_words(processor: dict) -> str:
+    if processor.get("intensity_scale") == "log":
+        return f"as logarithms from {0.02 * processor['max_intensity']:,.0f} on"
+    return f"clipped at {processor['max_intensity']:,.0f}"
+
+
 def _tile_words(processor: dict) -> str:
     size, grid = processor["tile_size"], processor["tile_grid"]
     where = {
@@ -287,4 +293,5 @@ def _tile_words(processor: dict) -> str:
         f"{grid * size}x{grid * size})",
         "full": f"covered by tiles of {size}x{size} pixels",
     }.get(processor["tiles"], "cut as the released code did")
-    return f"clipped at {processor['max_intensity']:,.0f} and divided by it, {where}"
+    divided = "" if processor.get("intensity_scale") == "log" else " and divided by it"
+    return f"{_intensity_words(processor)}{divided}, {where}"

@@ -139,6 +139,7 @@ def build_combined_repository(
         "mlp_ratio",
         "patch_size",
         "image_size",
+        "patch_embedding",
         "layer_norm_eps",
         "qkv_bias",
     )
@@ -159,7 +160,7 @@ def _common_image_processor(towers: Mapping[str, str | Path | WSDinoModel]) -> W
     }
     if not processors:
         raise ValueError("models alone do not say how fields become tiles: give an image_processor.")
-    names = ("tiles", "tile_size", "tile_grid", "max_intensity")
+    names = ("tiles", "tile_size", "tile_grid", "max_intensity", "intensity_scale", "symmetries")
     _common_values(processors, names, "the combined model has one, so give an image_processor that suits them all.")
     return next(iter(processors.values()))
 

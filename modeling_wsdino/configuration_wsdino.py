@@ -30,6 +30,10 @@ class WSDinoConfig(PreTrainedConfig):
     image_size : int
         Side in pixels of the square image whose patches the position embeddings stand for. Images of any other
         multiple of the patch size work too, with interpolated position embeddings.
+    patch_embedding : {"linear", "convolutional"}
+        How patches become tokens: one linear layer per patch, as in DINO, or a stem of 3x3 convolutions, which halve
+        the image log2(`patch_size`) times (see `WSDinoConvolutionalStem`). The stem suits training from random
+        weights on small screens; it needs a `patch_size` that is a power of two.
     drop_path_rate : float
         Stochastic depth of the last block, rising linearly from 0 at the first (0.1 on the student while training).
     layer_norm_eps : float
@@ -56,6 +60,7 @@ class WSDinoConfig(PreTrainedConfig):
     mlp_ratio: int | float = 4
     patch_size: int = 8
     image_size: int = 224
+    patch_embedding: str = "linear"
     drop_path_rate: int | float = 0.0
     layer_norm_eps: float = 1e-6
     qkv_bias: bool = True
@@ -82,6 +87,19 @@ class WSDinoConfig(PreTrainedConfig):
                 f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}: "
                 "choose a patch size that divides the image size."
             )
+        if self.patch_embedding not in ("linear", "convolutional"):
+            raise ValueError(f"patch_embedding must be linear or convolutional, but is {self.patch_embedding!r}.")
+        if self.patch_embedding == "convolutional":
+            # Each convolution halves the image and, but for the first, doubles the width.
+            if self.patch_size < 2 or self.patch_size & (self.patch_size - 1):
+                raise ValueError(
+                    f"patch_size {self.patch_size} is not a power of two, which a convolutional patch embedding needs."
+                )
+            if self.hidden_size % (self.patch_size // 2):
+                raise ValueError(
+                    f"hidden_size {self.hidden_size} is not a multiple of {self.patch_size // 2}, which a "
+                    f"convolutional patch embedding of patch_size {self.patch_size} needs."
+                )
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate must be at least 0 and below 1, but is {self.drop_path_rate}.")
         if not isinstance(self.channel_names, list | tuple) or not all(isinstance(n, str) for n in self.channel_names):

@@ -2,7 +2,8 @@
 
 A field is one site of a well, `(height, width)` or `(channels, height, width)` of raw intensities. As in the paper
 (arXiv 2209.07819, section 3) intensities are clipped at 10,000 and divided by it, with no mean and no standard
-deviation, and the centre of the field is cut into a square grid of tiles.
+deviation, and the centre of the field is cut into a square grid of tiles. Other scales of intensity, sizes and grids
+are settings; a single cell is a small field that is cut into one tile.
 """
 
 import math
@@ -19,6 +20,8 @@ from transformers import BaseImageProcessor, BatchFeature
 # Modes of Pillow images with a single intensity a pixel. A colour image is a rendering, not a measurement.
 GRAY_MODES = ("L", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 TILE_LAYOUTS = ("paper", "full", "original_code")
+INTENSITY_SCALES = ("linear", "log")
+SYMMETRIES = (1, 4, 8)
 # Of all pages of a file together; three channels of a field of 1280x1024 are four million. A header that claims more
 # is refused before anything of its size is allocated.
 MAX_PIXELS = 100_000_000
@@ -34,12 +37,14 @@ class WSDinoImageProcessorKwargs(TypedDict, total=False):
     tile_size: int
     tile_grid: int
     max_intensity: int | float
+    intensity_scale: str
+    symmetries: int
     channel_names: list[str]
 
 
 class WSDinoImageProcessor(BaseImageProcessor):
     r"""
-    Cut 16-bit fluorescence fields into tiles of floats in [0, 1].
+    Cut 16-bit fluorescence fields, or crops of single cells, into tiles of floats.
 
     Parameters
     ----------
@@ -50,9 +55,15 @@ class WSDinoImageProcessor(BaseImageProcessor):
     tile_size : int
         Side of a tile in pixels (224 in the paper).
     tile_grid : int
-        Tiles along a side of the centred grid (2 in the paper: 448x448 of a 640x512 field).
+        Tiles along a side of the centred grid (2 in the paper: 448x448 of a 640x512 field; 1 for single cells).
     max_intensity : int or float
         Intensities are clipped here and divided by it (10,000 in the paper).
+    intensity_scale : {"linear", "log"}
+        Which function of the raw intensities the network sees, see `scale_intensities`.
+    symmetries : {1, 4, 8}
+        The pipeline averages a tile's features over so many symmetries of the square: 1 is the tile as it is; 4 are
+        the tile, its left-right mirror image, its quarter turn and its half turn; 8 are all turns of the tile and of
+        its mirror image. The image processor itself cuts each tile once.
     channel_names : list of str
         The channels of a field in the order of the model's towers; needed for fields given as a dict of channels.
     """
@@ -66,12 +77,20 @@ class WSDinoImageProcessor(BaseImageProcessor):
         tile_size: int = 224,
         tile_grid: int = 2,
         max_intensity: int | float = 10_000,
+        intensity_scale: str = "linear",
+        symmetries: int = 1,
         channel_names: Iterable[str] = (),
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
         if tiles not in TILE_LAYOUTS:
             raise ValueError(f"tiles must be one of {', '.join(TILE_LAYOUTS)}, but is {tiles!r}.")
+        if intensity_scale not in INTENSITY_SCALES:
+            raise ValueError(
+                f"intensity_scale must be one of {', '.join(INTENSITY_SCALES)}, but is {intensity_scale!r}."
+            )
+        if symmetries not in SYMMETRIES:
+            raise ValueError(f"symmetries must be 1, 4 or 8, but is {symmetries!r}.")
         for name, value in (("tile_size", tile_size), ("tile_grid", tile_grid)):
             if isinstance(value, float):
                 raise ValueError(f"{name} must be a whole number, but is {value}.")
@@ -81,6 +100,8 @@ class WSDinoImageProcessor(BaseImageProcessor):
         self.tile_size = tile_size
         self.tile_grid = tile_grid
         self.max_intensity = max_intensity
+        self.intensity_scale = intensity_scale
+        self.symmetries = symmetries
         self.channel_names = list(channel_names)
 
     def preprocess(self, images: Any, *, return_tensors: str | None = "pt", **kwargs) -> BatchFeature:
@@ -98,8 +119,9 @@ class WSDinoImageProcessor(BaseImageProcessor):
         Returns
         -------
         BatchFeature
-            `pixel_values` `(fields * tiles, channels, tile_size, tile_size)`, float32 in [0, 1]: the tiles of
-            a field stand together, row by row, so that `features.unflatten(0, (fields, -1))` separates them again.
+            `pixel_values` `(fields * tiles, channels, tile_size, tile_size)`, float32 as `scale_intensities` makes
+            them: the tiles of a field stand together, row by row, so that `features.unflatten(0, (fields, -1))`
+            separates them again.
         """
         if not isinstance(images, list | tuple) and getattr(images, "ndim", 0) != 4:
             images = [images]
@@ -134,7 +156,8 @@ class WSDinoImageProcessor(BaseImageProcessor):
         Returns
         -------
         list of numpy.ndarray
-            Float32 `(channels, tile_size, tile_size)` in [0, 1], row by row (`original_code`: 224 by 224 or 256).
+            Float32 `(channels, tile_size, tile_size)`, scaled by `scale_intensities`, row by row (`original_code`:
+            224 by 224 or 256).
 
         Raises
         ------
@@ -146,7 +169,7 @@ class WSDinoImageProcessor(BaseImageProcessor):
         limit = self._intensity_limit(field, name, max_intensity)
         boxes = self._tile_boxes(*field.shape[-2:], name, self.tiles if tiles is None else tiles)
         return [
-            np.clip(field[:, top : top + height, left : left + width], 0, limit).astype(np.float32) / np.float32(limit)
+            scale_intensities(field[:, top : top + height, left : left + width], limit, self.intensity_scale)
             for top, left, height, width in boxes
         ]
 
@@ -162,13 +185,13 @@ class WSDinoImageProcessor(BaseImageProcessor):
             return ORIGINAL_CODE_CROPS
         if tiles == "paper":
             region = self.tile_grid * size
-            mend = "give a larger field, or a smaller tile_size or tile_grid"
+            fix = "give a larger field, or a smaller tile_size or tile_grid"
             tops, lefts = (
                 [(side - region) // 2 + size * step for step in range(self.tile_grid)] for side in (height, width)
             )
         elif tiles == "full":
             region = size
-            mend = "give a larger field or a smaller tile_size"
+            fix = "give a larger field or a smaller tile_size"
             counts = (-(-height // size), -(-width // size))
             tops, lefts = (
                 np.linspace(0, side - size, count).round().astype(int).tolist()
@@ -178,8 +201,8 @@ class WSDinoImageProcessor(BaseImageProcessor):
             raise ValueError(f"tiles must be one of {', '.join(TILE_LAYOUTS)}, but is {tiles!r}.")
         if min(height, width) < region:
             raise ValueError(
-                f"{name} is {height}x{width} pixels (height x width), smaller than the {region}x{region} of its "
-                f"{size}x{size} tiles: {mend}."
+                f"{name} is {height}x{width} pixels (height x width), smaller than the {region}x{region} of "
+                f"{f'its {size}x{size} tiles' if region > size else 'one tile'}: {fix}."
             )
         return [(top, left, size, size) for top in tops for left in lefts]
 
@@ -212,6 +235,27 @@ class WSDinoImageProcessor(BaseImageProcessor):
                 "max_intensity=1."
             )
         return self.max_intensity
+
+
+def scale_intensities(values: np.ndarray, max_intensity: int | float, intensity_scale: str = "linear") -> np.ndarray:
+    """Raw intensities as the network sees them, float32 of the same shape.
+
+    Parameters
+    ----------
+    values : numpy.ndarray
+        Raw intensities of any type.
+    max_intensity : int or float
+        The intensity that `linear` makes 1.
+    intensity_scale : {"linear", "log"}
+        `linear`: clipped to 0 and `max_intensity`, then divided by it, as in the paper. `log`: the natural logarithm
+        of the intensity, at least 2 % of `max_intensity`, over 10 % of it, divided by 0.8. With 10,000 that is
+        `log(max(v, 200) / 1000) / 0.8`, whose mean is about 0 and whose standard deviation is about 1 on fluorescence
+        images; bright pixels are not clipped.
+    """
+    if intensity_scale == "log":
+        raised = np.maximum(values.astype(np.float32), np.float32(0.02 * max_intensity))
+        return np.log(raised / np.float32(0.1 * max_intensity)) / np.float32(0.8)
+    return np.clip(values, 0, max_intensity).astype(np.float32) / np.float32(max_intensity)
 
 
 def _check_positive(name: str, value: Any) -> None:

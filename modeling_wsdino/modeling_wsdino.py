@@ -49,26 +49,46 @@ class WSDinoPatchEmbeddings(nn.Conv2d):
         super().__init__(3, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        if pixel_values.ndim != 4:
-            raise ValueError(
-                f"pixel_values must be (batch, channels, height, width), but is {tuple(pixel_values.shape)}: "
-                "add the missing dimensions or flatten tiles into the batch."
-            )
         batch, channels, height, width = pixel_values.shape
-        if channels not in (1, 3):
-            raise ValueError(f"pixel_values has {channels} channels, but a tower takes 1 (gray) or 3 (its replicas).")
         patch = self.kernel_size[0]
-        if height % patch or width % patch or height == 0 or width == 0:
-            raise ValueError(
-                f"an image of {height}x{width} pixels does not divide into patches of {patch}x{patch}: "
-                f"crop it to multiples of {patch}."
-            )
         kernel = self.weight if channels == 3 else self.weight.sum(dim=1, keepdim=True)
         # A convolution whose stride is its kernel is a product of cut-out patches with the flattened kernel;
         # written so it is about twice as fast on a CPU.
         patches = pixel_values.to(kernel.dtype).reshape(batch, channels, height // patch, patch, width // patch, patch)
         patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * patch * patch)
         return nn.functional.linear(patches, kernel.reshape(kernel.shape[0], -1), self.bias)
+
+
+class WSDinoConvolutionalStem(nn.Module):
+    """Images to tokens by log2(patch size) 3x3 convolutions of stride 2: `(batch, 1 or 3, height, width)` to `(batch,
+    patches, hidden)`.
+
+    The width doubles at each convolution, up to `hidden_size` (a quarter, a half and the whole for patches of 8). Each
+    but the last is followed by batch normalisation and ReLU ("Early Convolutions Help Transformers See Better", arXiv
+    2106.14881). The stem takes one channel: of three, which are replicas of gray, it takes the mean.
+
+    Batch normalisation keeps running means and variances in buffers, which no optimiser or moving average of
+    parameters touches: copy them from the student to its EMA teacher after each step. In training mode, which a
+    teacher may be in too, a batch is normalised by its own statistics, and the features of an image depend on its
+    batch; in evaluation mode they do not.
+    """
+
+    def __init__(self, config: WSDinoConfig) -> None:
+        super().__init__()
+        steps = config.patch_size.bit_length() - 1
+        widths = [config.hidden_size >> (steps - 1 - step) for step in range(steps)]
+        self.convolutions = nn.ModuleList(
+            # A bias before a batch normalisation would be subtracted again.
+            nn.Conv2d(narrow, wide, kernel_size=3, stride=2, padding=1, bias=wide == config.hidden_size)
+            for narrow, wide in zip([1, *widths[:-1]], widths, strict=True)
+        )
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths[:-1])
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        maps = pixel_values.to(self.convolutions[0].weight.dtype).mean(dim=1, keepdim=True)
+        for convolution, norm in zip(self.convolutions, self.norms, strict=False):
+            maps = nn.functional.relu(norm(convolution(maps)))
+        return self.convolutions[-1](maps).flatten(2).transpose(1, 2)
 
 
 class WSDinoEmbeddings(nn.Module):
@@ -80,7 +100,8 @@ class WSDinoEmbeddings(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         num_patches = (config.image_size // config.patch_size) ** 2
         self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + num_patches, config.hidden_size))
-        self.patch_embeddings = WSDinoPatchEmbeddings(config)
+        stem = config.patch_embedding == "convolutional"
+        self.patch_embeddings = WSDinoConvolutionalStem(config) if stem else WSDinoPatchEmbeddings(config)
 
     def interpolate_position_embeddings(self, height: int, width: int) -> torch.Tensor:
         """Position embeddings `(1, 1 + patches, hidden)` for an image of `height` by `width` pixels.
@@ -100,9 +121,23 @@ class WSDinoEmbeddings(nn.Module):
         return torch.cat((table[:, :1], grid.permute(0, 2, 3, 1).reshape(1, num_patches, -1)), dim=1)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        if pixel_values.ndim != 4:
+            raise ValueError(
+                f"pixel_values must be (batch, channels, height, width), but is {tuple(pixel_values.shape)}: "
+                "add the missing dimensions or flatten tiles into the batch."
+            )
+        _, channels, height, width = pixel_values.shape
+        if channels not in (1, 3):
+            raise ValueError(f"pixel_values has {channels} channels, but a tower takes 1 (gray) or 3 (its replicas).")
+        patch = self.patch_size
+        if height % patch or width % patch or height == 0 or width == 0:
+            raise ValueError(
+                f"an image of {height}x{width} pixels does not divide into patches of {patch}x{patch}: "
+                f"crop it to multiples of {patch}."
+            )
         patches = self.patch_embeddings(pixel_values)
         tokens = torch.cat((self.cls_token.expand(patches.shape[0], -1, -1), patches), dim=1)
-        return tokens + self.interpolate_position_embeddings(*pixel_values.shape[-2:])
+        return tokens + self.interpolate_position_embeddings(height, width)
 
 
 def eager_attention_forward(
@@ -249,18 +284,23 @@ class WSDinoPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """DINO's initialisation: truncated normals and zero biases; the patch kernel starts as PyTorch's."""
+        """DINO's initialisation: truncated normals and zero biases; convolutions start as PyTorch's."""
         if isinstance(module, nn.Linear):
             init.trunc_normal_(module.weight, std=self.config.initializer_range)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
+        elif isinstance(module, nn.LayerNorm | nn.BatchNorm2d):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, WSDinoPatchEmbeddings):
+            if isinstance(module, nn.BatchNorm2d):
+                init.zeros_(module.running_mean)
+                init.ones_(module.running_var)
+                init.zeros_(module.num_batches_tracked)
+        elif isinstance(module, nn.Conv2d):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
-            bound = 1 / math.sqrt(module.weight[0].numel())
-            init.uniform_(module.bias, -bound, bound)
+            if module.bias is not None:
+                bound = 1 / math.sqrt(module.weight[0].numel())
+                init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, WSDinoEmbeddings):
             init.trunc_normal_(module.cls_token, std=self.config.initializer_range)
             init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
@@ -377,6 +417,8 @@ class WSDinoModel(WSDinoPreTrainedModel):
         values = {} if config is None else config.to_diff_dict()
         values.update(config_kwargs)
         values.update(_config_values_of_dino_backbone(name, state))
+        if values.get("patch_embedding", "linear") != "linear":
+            raise ValueError(f"{name} holds a linear patch embedding, as all of DINO's: leave out patch_embedding.")
         if "num_attention_heads" not in config_kwargs and config is None:
             if values["hidden_size"] % 64:
                 raise ValueError(
@@ -400,7 +442,18 @@ class WSDinoModel(WSDinoPreTrainedModel):
         return model.eval()
 
     def to_dino_state_dict(self) -> dict[str, torch.Tensor]:
-        """The weights under the original DINO's names, as `from_dino_checkpoint` and the original code read them."""
+        """The weights under the original DINO's names, as `from_dino_checkpoint` and the original code read them.
+
+        Raises
+        ------
+        ValueError
+            The patch embedding is convolutional, for which that layout has no place.
+        """
+        if self.config.patch_embedding != "linear":
+            raise ValueError(
+                "the original DINO's layout has no place for a convolutional patch embedding: keep this network as a "
+                "repository folder or export it to ONNX."
+            )
         return {to_dino_key(key): tensor.detach().cpu() for key, tensor in self.state_dict().items()}
 
 

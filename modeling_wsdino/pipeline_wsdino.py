@@ -45,6 +45,10 @@ class WSDinoFeatureExtractionPipeline(Pipeline):
         Which tiles, instead of the image processor's own choice. With `original_code` the median is its lower one.
     max_intensity : int or float
         The intensity that becomes 1, instead of the image processor's (255 for 8-bit images).
+    symmetries : {1, 4, 8}
+        Average the features of a tile over so many symmetries of the square, instead of the image processor's number
+        (see `WSDinoImageProcessor`), before the median over tiles. It multiplies the time that the model takes.
+        `patches` and `attention` are those of the tile as it is.
     return_tensors : bool
         Return a float32 `torch.Tensor` instead of (nested) lists of numbers, the default of the stock pipelines.
     """
@@ -74,13 +78,16 @@ class WSDinoFeatureExtractionPipeline(Pipeline):
         outputs: str | None = None,
         tiles: str | None = None,
         max_intensity: int | float | None = None,
+        symmetries: int | None = None,
         return_tensors: bool | None = None,
     ) -> tuple[dict, dict, dict]:
         if outputs is not None and outputs not in OUTPUTS:
             raise ValueError(f"outputs must be one of {', '.join(OUTPUTS)}, but is {outputs!r}.")
+        if symmetries not in (None, 1, 4, 8):
+            raise ValueError(f"symmetries must be 1, 4 or 8, but is {symmetries!r}.")
         chosen = [
             {"tiles": tiles, "max_intensity": max_intensity},
-            {"outputs": outputs},
+            {"outputs": outputs, "symmetries": symmetries},
             {"outputs": outputs, "tiles": tiles, "return_tensors": return_tensors},
         ]
         return tuple({key: value for key, value in part.items() if value is not None} for part in chosen)
@@ -143,11 +150,14 @@ class WSDinoFeatureExtractionPipeline(Pipeline):
             )
         return {"tiles": [torch.from_numpy(tile) for tile in tiles]}
 
-    def _forward(self, inputs: dict, outputs: str = "features") -> dict[str, list[tuple[torch.Tensor, ...]]]:
+    def _forward(
+        self, inputs: dict, outputs: str = "features", symmetries: int | None = None
+    ) -> dict[str, list[tuple[torch.Tensor, ...]]]:
         """What the model says of every tile of every field, in float32: one tuple of tensors a field."""
         batch = _collate([inputs]) if "tiles" in inputs else inputs
+        symmetries = symmetries or self.image_processor.symmetries
         results = [
-            torch.cat([self._run_model(part, outputs).float().cpu() for part in self._split(stack)])
+            torch.cat([self._run_model(part, outputs, symmetries).cpu() for part in self._split(stack)])
             for stack in batch["stacks"]
         ]
         return {"fields": [tuple(results[stack][row] for stack, row in field) for field in batch["places"]]}
@@ -159,15 +169,16 @@ class WSDinoFeatureExtractionPipeline(Pipeline):
         tokens = stack.shape[-2] * stack.shape[-1] // self.model.config.patch_size**2
         return stack.split(max(1, TOKENS_A_PASS_ON_CPU // tokens))
 
-    def _run_model(self, pixel_values: torch.Tensor, outputs: str) -> torch.Tensor:
-        """The model's answer for a stack of tiles of one size."""
+    def _run_model(self, pixel_values: torch.Tensor, outputs: str, symmetries: int) -> torch.Tensor:
+        """The model's answer for a stack of tiles of one size, in float32."""
         if outputs == "attention":
-            return self.model.attention_maps(pixel_values)
+            return self.model.attention_maps(pixel_values).float()
         if outputs == "patches":
-            tokens = self.model(pixel_values).last_hidden_state[:, 1:]
+            tokens = self.model(pixel_values).last_hidden_state[:, 1:].float()
             return tokens.unflatten(1, (pixel_values.shape[-2] // self.model.config.patch_size, -1))
         # `cls_only` spares the last block the patches, which only `patches` would need
-        return self.model(pixel_values, cls_only=True).pooler_output
+        views = _symmetric_views(pixel_values, symmetries)
+        return sum(self.model(view, cls_only=True).pooler_output.float() for view in views) / len(views)
 
     def postprocess(
         self,
@@ -229,6 +240,15 @@ class _Rows(Dataset):
 def _streamed(rows: Any) -> Dataset | Iterator:
     """Rows or fields of the `datasets` library as the stock pipelines stream them: by index, or one after another."""
     return _Rows(rows) if isinstance(rows, Sized) else (row for row in rows)
+
+
+def _symmetric_views(tiles: torch.Tensor, symmetries: int) -> list[torch.Tensor]:
+    """A stack of tiles under 1, 4 or 8 symmetries of the square, see `WSDinoImageProcessor`."""
+    if symmetries == 8:
+        return [torch.rot90(side, turns, (-2, -1)) for side in (tiles, tiles.flip(-1)) for turns in range(4)]
+    if symmetries == 4:
+        return [tiles, tiles.flip(-1), torch.rot90(tiles, 1, (-2, -1)), torch.rot90(tiles, 2, (-2, -1))]
+    return [tiles]
 
 
 def _collate(fields: list[dict[str, list[torch.Tensor]]]) -> dict[str, list]:

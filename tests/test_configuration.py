@@ -23,6 +23,13 @@ def test_the_defaults_are_vit_s8():
         ({"layer_norm_eps": 0.0}, "layer_norm_eps must be positive"),
         ({"drop_path_rate": 1.0}, "drop_path_rate must be at least 0 and below 1"),
         ({"drop_path_rate": -0.1}, "drop_path_rate must be at least 0 and below 1"),
+        ({"patch_embedding": "fourier"}, "patch_embedding must be linear or convolutional, but is 'fourier'"),
+        ({"patch_embedding": "convolutional", "patch_size": 14}, "patch_size 14 is not a power of two"),
+        ({"patch_embedding": "convolutional", "patch_size": 1}, "patch_size 1 is not a power of two"),
+        (
+            {"patch_embedding": "convolutional", "hidden_size": 30, "num_attention_heads": 2},
+            "hidden_size 30 is not a multiple of 4",
+        ),
         ({"channel_names": ["dna", "dna"]}, "names a channel twice"),
         ({"channel_names": ["d.na"]}, "channel name 'd.na'"),
     ],

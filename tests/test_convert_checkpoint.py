@@ -242,12 +242,14 @@ def test_a_vits_own_image_processor_does_not_cut_our_tiles(vit, tmp_path):
     assert processor.tile_size == 32 and processor.channel_names == ["dna"] and not hasattr(processor, "do_normalize")
 
 
+@pytest.mark.parametrize("patch_embedding", ["linear", "convolutional"])
 @pytest.mark.parametrize("channels", [["dna"], ["dna", "actin"]], ids=["one channel", "combined"])
 @pytest.mark.filterwarnings("ignore")
-def test_onnx_computes_the_same_for_any_batch(tmp_path, channels):
+def test_onnx_computes_the_same_for_any_batch(tmp_path, channels, patch_embedding):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    model = make_model(WSDinoMultiChannelModel if len(channels) > 1 else WSDinoModel, channel_names=channels)
+    cls = WSDinoMultiChannelModel if len(channels) > 1 else WSDinoModel
+    model = make_model(cls, channel_names=channels, patch_embedding=patch_embedding)
     folder = build_repository(tmp_path / "model", model, WSDinoImageProcessor(tile_size=32))
     main([str(folder), str(tmp_path / "model.onnx"), "--tile_size", "48"])
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
@@ -268,6 +270,8 @@ def test_mistakes_end_the_command_with_status_2_and_one_sentence(tmp_path, capsy
     state.pop("norm.bias")
     save_file(state, lacking / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "there.pth").write_text("precious")
+    stem = make_model(patch_embedding="convolutional")
+    build_repository(tmp_path / "stem", stem, WSDinoImageProcessor(tile_size=32))
     capsys.readouterr()
     for arguments, words in [
         ([tmp_path / "absent", tmp_path / "out"], "absent is neither a checkpoint file nor a folder or Hub id"),
@@ -275,6 +279,7 @@ def test_mistakes_end_the_command_with_status_2_and_one_sentence(tmp_path, capsy
         ([one, tmp_path / "there.pth"], "there.pth exists already"),
         ([one, tmp_path / "out.bin"], "write .pth (original DINO), .onnx, or a folder"),
         ([tmp_path / "combined", tmp_path / "out.pth"], "holds several towers"),
+        ([tmp_path / "stem", tmp_path / "out.pth"], "no place for a convolutional patch embedding"),
         ([one, tmp_path / "out", "--network", "teacher"], "holds one network, not a teacher and a student"),
         ([one, tmp_path / "out", "--channel", "d.na"], "channel name 'd.na'"),
         ([tmp_path / "combined", tmp_path / "out", "--channel", "dna"], "holds several towers (dna, actin)"),

@@ -1,5 +1,6 @@
 """The image processor against tiles cut by hand, on every kind of field it takes, and what it refuses."""
 
+import math
 import warnings
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 
 from modeling_wsdino import WSDinoImageProcessor
+from modeling_wsdino.image_processing_wsdino import scale_intensities
 
 
 def field(height=150, width=170, seed=0, high=20_000):
@@ -69,6 +71,33 @@ def test_the_original_codes_crops_are_those_of_its_script():
         WSDinoImageProcessor().field_tiles(field(640, 512), tiles="original_code")
     with pytest.raises(ValueError, match="tiles of different sizes cannot share a batch"):
         WSDinoImageProcessor()(plane, tiles="original_code")
+
+
+def test_a_single_cell_is_a_field_of_one_tile():
+    processor = WSDinoImageProcessor(tile_size=64, tile_grid=1)
+    cell = field(68, 68)
+    np.testing.assert_allclose(processor(cell)["pixel_values"].numpy(), by_hand(cell, 64, [(2, 2)]), atol=1e-7)
+    assert processor(field(64, 64))["pixel_values"].shape == (1, 1, 64, 64)
+    for tiles in ("paper", "full"):
+        with pytest.raises(
+            ValueError, match="60x68 pixels .height x width., smaller than the 64x64 of one tile"
+        ):
+            processor(field(60, 68), tiles=tiles)
+
+
+def test_the_log_scale_is_its_formula_and_clips_no_bright_pixel():
+    plane = field(64, 64, high=40_000)
+    plane[0, :3] = 0, 200, 1000
+    processor = WSDinoImageProcessor(tile_size=64, tile_grid=1, intensity_scale="log")
+    values = processor(plane)["pixel_values"][0, 0].numpy()
+    expected = [[math.log(max(int(value), 200) / 1000) / 0.8 for value in row] for row in plane]
+    np.testing.assert_allclose(values, expected, atol=1e-6)
+    assert values.dtype == np.float32 and values[0, 0] == values[0, 1] and values[0, 2] == 0
+    eight = WSDinoImageProcessor(tile_size=64, tile_grid=1, intensity_scale="log", max_intensity=255)
+    dim = (plane // 160).astype(np.uint8)
+    expected = np.log(np.maximum(dim.astype(np.float64), 5.1) / 25.5) / 0.8
+    np.testing.assert_allclose(eight(dim)["pixel_values"][0, 0].numpy(), expected, atol=1e-6)
+    np.testing.assert_array_equal(scale_intensities(plane, 10_000), np.minimum(plane, 10_000) / np.float32(10_000))
 
 
 def test_every_kind_of_field_gives_the_same_tiles(processor, tmp_path):
@@ -211,10 +240,14 @@ def test_settings_are_checked_and_kept(tmp_path):
         ({"tile_size": 0}, "tile_size must be positive"),
         ({"tile_size": 112.5}, "tile_size must be a whole number, but is 112.5"),
         ({"max_intensity": -1}, "max_intensity must be positive"),
+        ({"intensity_scale": "sqrt"}, "intensity_scale must be one of linear, log, but is 'sqrt'"),
+        ({"symmetries": 2}, "symmetries must be 1, 4 or 8, but is 2"),
     ]:
         with pytest.raises(ValueError, match=words):
             WSDinoImageProcessor(**values)
     processor = WSDinoImageProcessor(tile_size=32, tile_grid=3, tiles="full", max_intensity=4095, channel_names=["a"])
+    assert (processor.intensity_scale, processor.symmetries) == ("linear", 1)
+    processor.intensity_scale, processor.symmetries = "log", 8
     for wrong in ({"tiles": "some"}, *({"max_intensity": limit} for limit in (0, np.inf, np.nan, "255"))):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             processor(field(), **wrong)

@@ -30,10 +30,10 @@ CHANNELS = ["dna", "tubulin", "actin"]
 SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32}
 
 
-def make_model(channels, seed=0):
+def make_model(channels, seed=0, **values):
     torch.manual_seed(seed)
     cls = WSDinoMultiChannelModel if len(channels) > 1 else WSDinoModel
-    model = cls(WSDinoConfig(**SIZE, channel_names=channels)).eval()
+    model = cls(WSDinoConfig(**SIZE, **values, channel_names=channels)).eval()
     with torch.no_grad():  # weights large enough for tiles to differ
         for parameter in model.parameters():
             parameter.mul_(5).add_(0.05 * torch.randn_like(parameter))
@@ -132,11 +132,72 @@ json.dump(results, open(f"{work}/results.json", "w"))
 """
 
 
+def plain_symmetries(tile, count):
+    """The tile under symmetries of the square, pixel by pixel."""
+    n = len(tile)
+    places = {
+        "as it is": lambda i, j: (i, j),
+        "mirrored": lambda i, j: (i, n - 1 - j),
+        "quarter turn": lambda i, j: (j, n - 1 - i),
+        "half turn": lambda i, j: (n - 1 - i, n - 1 - j),
+        "three quarters": lambda i, j: (n - 1 - j, i),
+        "upside down": lambda i, j: (n - 1 - i, j),
+        "transposed": lambda i, j: (j, i),
+        "other diagonal": lambda i, j: (n - 1 - j, n - 1 - i),
+    }
+    return [
+        np.array([[tile[place(i, j)] for j in range(n)] for i in range(n)]) for place in list(places.values())[:count]
+    ]
+
+
+@pytest.mark.parametrize("count", [1, 4, 8])
 @pytest.mark.parametrize("channels", [["dna"], CHANNELS], ids=["one channel", "combined"])
-def test_a_stranger_gets_the_plain_loops_features(tmp_path, channels):
-    model = make_model(channels)
-    folder = build_repository(tmp_path / "a-repository", model, WSDinoImageProcessor(tile_size=32))
-    fields = make_fields(5, len(channels))
+def test_features_are_averaged_over_symmetries_before_the_median(channels, count):
+    pipe = make_pipeline(channels)
+    (field,) = make_fields(1, len(channels))
+    towers = pipe.model.towers.values() if len(channels) > 1 else [pipe.model]
+    tiles = []
+    for tile in pipe.image_processor.field_tiles(field):
+        parts = []
+        for tower, plane in zip(towers, tile, strict=True):
+            views = [torch.tensor(view)[None, None] for view in plain_symmetries(plane, count)]
+            with torch.no_grad():
+                parts.append(np.mean([tower(view).pooler_output[0].numpy() for view in views], axis=0))
+        tiles.append(np.concatenate(parts))
+    expected = np.median(tiles, axis=0)
+    expected = expected / np.linalg.norm(expected) if len(channels) > 1 else expected
+    np.testing.assert_allclose(pipe(field, outputs="tiles", symmetries=count), tiles, atol=1e-5)
+    np.testing.assert_allclose(pipe([field, field], symmetries=count, batch_size=2), [expected] * 2, atol=1e-5)
+    pipe.image_processor.symmetries = count
+    np.testing.assert_allclose(pipe(field), expected, atol=1e-5)
+    pipe.image_processor.symmetries = 8
+    np.testing.assert_allclose(pipe(field, symmetries=count), expected, atol=1e-5)
+    if count == 8:  # a cell is the same cell however it lies under the microscope
+        square = field[..., :70, :70]
+        for turned in (np.rot90(square, 1, (-2, -1)), square[..., ::-1]):
+            np.testing.assert_allclose(pipe(turned.copy()), pipe(square), atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [["dna"], CHANNELS], ids=["one channel", "combined"])
+def test_a_stranger_gets_the_features_of_single_cells_too(tmp_path, channels):
+    """A convolutional stem, a logarithmic scale, one tile per cell and symmetries all stand in the repository."""
+    model = make_model(channels, patch_embedding="convolutional")
+    processor = WSDinoImageProcessor(tile_size=32, tile_grid=1, intensity_scale="log", symmetries=4)
+    folder = build_repository(tmp_path / "cells", model, processor)
+    cells = make_fields(3, len(channels), shape=(36, 36))
+    expected = []
+    for cell in cells:
+        scaled = torch.from_numpy(np.log(np.maximum(cell[:, 2:34, 2:34].astype(np.float64), 200) / 1000) / 0.8).float()
+        views = [scaled, scaled.flip(2), torch.rot90(scaled, 1, (1, 2)), torch.rot90(scaled, 2, (1, 2))]
+        with torch.no_grad():
+            mean = sum(model(view[None]).pooler_output[0] for view in views) / 4
+        expected.append((mean / mean.norm() if len(channels) > 1 else mean).numpy())
+    for name, results in run_as_stranger(tmp_path, folder, cells).items():
+        np.testing.assert_allclose(results, expected, atol=1e-4, err_msg=name)
+
+
+def run_as_stranger(tmp_path, folder, fields):
+    """What the stranger's script computes from a repository and fields, by kind of input."""
     np.save(tmp_path / "fields.npy", np.stack(fields))
     for index, field in enumerate(fields):
         for suffix in ("png", "tif"):
@@ -156,9 +217,17 @@ def test_a_stranger_gets_the_plain_loops_features(tmp_path, channels):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((tmp_path / "results.json").read_text())
-    # through the auto classes there is no median: the mean over tiles of the CLS tokens, field by field
     by_hand = results.pop("auto classes")
-    assert np.shape(by_hand) == (5, 32 * len(channels))
+    assert np.shape(by_hand) == np.shape(results["arrays"])
+    return results
+
+
+@pytest.mark.parametrize("channels", [["dna"], CHANNELS], ids=["one channel", "combined"])
+def test_a_stranger_gets_the_plain_loops_features(tmp_path, channels):
+    model = make_model(channels)
+    folder = build_repository(tmp_path / "a-repository", model, WSDinoImageProcessor(tile_size=32))
+    fields = make_fields(5, len(channels))
+    results = run_as_stranger(tmp_path, folder, fields)
     expected = np.stack([plain_features(model, field) for field in fields])
     assert expected.shape == (5, 32 * len(channels)) and np.ptp(expected, axis=0).mean() > 1e-3
     for name, features in results.items():
@@ -338,6 +407,7 @@ def test_mistakes_are_refused_in_a_sentence():
         (lambda: pipe(field[:1, :50]), "50x90 pixels .* smaller than the 64x64"),
         (lambda: pipe(field[0], outputs="tokens"), "outputs must be one of features, tiles, patches, attention"),
         (lambda: pipe(field[0], tiles="none"), "tiles must be one of"),
+        (lambda: pipe(field[0], symmetries=3), "symmetries must be 1, 4 or 8"),
     ]:
         with pytest.raises(ValueError, match=words) as caught:
             call()
