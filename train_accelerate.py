@@ -302,6 +302,7 @@ def initial_backbone(arguments: TrainingArguments, channel: str, drop_path_rate:
             patch_size=arguments.patch_size,
             image_size=arguments.global_crop_size,
             initializer_range=arguments.initializer_range,
+            patch_embedding=arguments.patch_embedding,
             **own,
         )
         torch.manual_seed(arguments.seed)
@@ -350,10 +351,11 @@ class ChannelData:
         with accelerator.local_main_process_first():
             self.planes = open_planes(dataset, channel)
         height, width = self.planes.shape[1:]
-        if min(height, width) < 2 * a.tile_size:
+        least = a.tile_grid * a.tile_size
+        if min(height, width) < least:
             raise TrainingError(
-                f"--tile_size {a.tile_size} needs fields of at least {2 * a.tile_size} x {2 * a.tile_size} pixels "
-                f"for its four tiles, and {channel} has {height} x {width}: choose a smaller one."
+                f"--tile_size {a.tile_size} and --tile_grid {a.tile_grid} need images of at least {least} x {least} "
+                f"pixels, and {channel} has {height} x {width}: choose smaller ones."
             )
         self.max_intensity = a.max_intensity or (255.0 if self.planes.dtype == np.uint8 else 10_000.0)
         groups = {name: dataset[name] for name in ("plate", "batch") if name in columns}
@@ -368,6 +370,7 @@ class ChannelData:
             unlabelled=a.unlabelled,
             eligible=self._eligible(dataset),
             anchor_group=anchor_group,
+            group_size=a.group_size,
             seed=a.seed,
         )
         self.global_batch = a.batch_size * a.gradient_accumulation_steps * accelerator.num_processes
@@ -378,9 +381,10 @@ class ChannelData:
             self.last_step = min(self.last_step, a.stop_after_epoch * self.steps_per_epoch)
         if a.max_steps is not None:
             self.last_step = min(self.last_step, a.max_steps)
+        varied = {"transpose": a.transpose, "brightness_sd": a.brightness_sd}
         self.collator = WeakLabelPairCollator(
-            CropSpec(a.global_crops, a.global_crop_size, tuple(a.global_crop_area)),
-            CropSpec(a.local_crops, a.local_crop_size, tuple(a.local_crop_area)),
+            CropSpec(a.global_crops, a.global_crop_size, tuple(a.global_crop_area), **varied),
+            CropSpec(a.local_crops, a.local_crop_size, tuple(a.local_crop_area), **varied),
             seed=a.seed,
         )
 
@@ -528,7 +532,14 @@ class ChannelRun:
         optimizer = torch.optim.AdamW(parameter_groups(student), lr=a.learning_rate, fused=True)
         self.student, self.optimizer = self.accelerator.prepare(student.train(), optimizer)
         self.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
-        self.loss = DinoLoss(a.num_prototypes, a.student_temperature, a.center_momentum, a.centering)
+        self.loss = DinoLoss(
+            a.num_prototypes,
+            a.student_temperature,
+            a.center_momentum,
+            a.centering,
+            1 if a.weak_label == "none" else a.group_size,
+            a.student_sees_globals,
+        )
         self.loss.to(self.accelerator.device)
         self.features = FeatureWindow(1024, dim).to(self.accelerator.device)
         self.accelerator.register_for_checkpointing(self.loss, self.features)
@@ -711,11 +722,12 @@ class ChannelRun:
             self.features.add(teacher_features)
             last = number + 1 == len(micro_batches)
             with nullcontext() if last else accelerator.no_sync(self.student):
-                student_logits, student_features = self.student(views)
+                student_logits, student_features = self.student(views if a.student_sees_globals else views[1:])
                 loss, monitors = self.loss(student_logits, teacher_logits, a.batch_size, temperature)
                 total = loss
-                if a.koleo_weight:  # each global view apart: two views of one image are neighbours by right
-                    seen = student_features[: a.global_crops * a.batch_size].split(a.batch_size)
+                if a.koleo_weight:  # each view apart: two views of one image are neighbours by right
+                    spread = a.global_crops if a.student_sees_globals else 1
+                    seen = student_features[: spread * a.batch_size].split(a.batch_size)
                     monitors["koleo"] = torch.stack([koleo_loss(view) for view in seen]).mean()
                     total = loss + a.koleo_weight * monitors["koleo"]
                     monitors["koleo"] = monitors["koleo"].detach()
@@ -744,7 +756,16 @@ class ChannelRun:
     def _views(self, part: dict[str, torch.Tensor], size: int) -> torch.Tensor:
         device = self.accelerator.device
         windows, sizes, flips = (part[name].to(device, non_blocking=True) for name in ("windows", "sizes", "flips"))
-        return resize_windows(windows, sizes, flips, size, self.data.max_intensity)
+        gains = part["log_gains"].to(device, non_blocking=True) if self.arguments.brightness_sd else None
+        return resize_windows(
+            windows,
+            sizes,
+            flips,
+            size,
+            self.data.max_intensity,
+            intensity_scale=self.arguments.intensity_scale,
+            log_gains=gains,
+        )
 
     def _agree(self, step: int, loss: torch.Tensor, interruption: Interruption) -> bool:
         """Whether any process was asked to stop; all learn it at the same step, and of a bad loss as well."""
@@ -820,7 +841,14 @@ class ChannelRun:
         on_main_process(self.accelerator, lambda: build_repository(folder, backbone, self._image_processor()))
 
     def _image_processor(self) -> WSDinoImageProcessor:
-        return WSDinoImageProcessor(tile_size=self.arguments.tile_size, max_intensity=self.data.max_intensity)
+        a = self.arguments
+        return WSDinoImageProcessor(
+            tile_size=a.tile_size,
+            tile_grid=a.tile_grid,
+            max_intensity=self.data.max_intensity,
+            intensity_scale=a.intensity_scale,
+            symmetries=a.symmetries,
+        )
 
 
 def drop_path_seed(seed: int, step: int, process: int) -> int:

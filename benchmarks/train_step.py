@@ -29,17 +29,18 @@ import torch
 
 import train_accelerate
 from benchmarks.plain_dino import PlainDino
+from dataset_scripts import Fields
 from modeling_wsdino.modeling_wsdino import to_dino_key
 from pretraining_wsdino import PairBatchSampler, PlanePairs
 
 
-def screen(rows: int, height: int = 512, width: int = 640) -> datasets.Dataset:
+def screen(rows: int, height: int = 512, width: int = 640) -> Fields:
     """Noise of the right size and depth: the cost of a step does not depend on what the images show."""
     random = np.random.default_rng(0)
     planes = [random.integers(400, 4095, (height, width), dtype=np.uint16) for _ in range(rows)]
     columns = {"dna": planes, "compound": [f"compound {row % 4}" for row in range(rows)]}
     features = datasets.Features({"dna": datasets.Image(), "compound": datasets.Value("string")})
-    return datasets.Dataset.from_dict(columns, features=features)
+    return Fields.from_dataset(datasets.Dataset.from_dict(columns, features=features))
 
 
 def operations(a, hidden: int, layers: int, ratio: float = 4.0) -> float:

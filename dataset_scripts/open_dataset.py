@@ -62,6 +62,11 @@ class Fields:
         if rows is not None:
             self.fingerprint = _short_digest(source.fingerprint.encode() + np.asarray(rows, "<i8").tobytes())
 
+    @classmethod
+    def from_dataset(cls, dataset) -> Fields:
+        """The rows of a `datasets.Dataset` that is already open or was made in memory."""
+        return cls(_LibraryDataset(dataset, dataset._fingerprint))
+
     def __len__(self) -> int:
         return self._source.num_rows if self._rows is None else len(self._rows)
 

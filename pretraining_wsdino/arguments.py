@@ -89,6 +89,53 @@ PRESETS = {
         "stop_after_epoch": None,
         "log_every": 5,
     },
+    # Single cells and small screens, from a network trained on drawn cells (wsdino-pretrain) or from random weights:
+    # the views differ in orientation and brightness, which are the shortcuts; one target per group of four cells.
+    "cells": {
+        "init": "random",
+        "patch_embedding": "convolutional",
+        "output_dir": "runs/cells",
+        "hidden_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 3,
+        "drop_path_rate": 0.0,
+        "group_size": 4,
+        "pair_constraint": "none",
+        "global_crops": 1,
+        "global_crop_size": 64,
+        "global_crop_area": [0.7, 1.0],
+        "student_sees_globals": False,
+        "local_crops": 2,
+        "local_crop_size": 48,
+        "local_crop_area": [0.4, 1.0],
+        "transpose": 0.5,
+        "brightness_sd": 0.25,
+        "intensity_scale": "log",
+        "tile_size": 64,
+        "tile_grid": 1,
+        "symmetries": 4,
+        "num_prototypes": 64,
+        "head_hidden_dim": 256,
+        "head_bottleneck_dim": 64,
+        "freeze_last_layer_epochs": 0,
+        "student_temperature": 0.1,
+        "teacher_temperature": 0.015,
+        "warmup_teacher_temperature": 0.015,
+        "centering": "sinkhorn",
+        "koleo_weight": 0.02,
+        "teacher_momentum": 0.98,
+        "learning_rate": 2e-4,
+        "final_learning_rate": 4e-6,
+        "warmup_epochs": 1,
+        "weight_decay": 0.02,
+        "final_weight_decay": 0.02,
+        "max_grad_norm": 1.0,
+        "batch_size": 48,
+        "epochs": 5,
+        "stop_after_epoch": None,
+        "log_every": 10,
+        "save_every": 1,
+    },
 }
 
 # Smallest and largest value of each number that is bounded on both sides: beyond them lie slips of the keyboard, whose
@@ -104,13 +151,19 @@ LIMITS = {
     **dict.fromkeys(("global_crop_size", "local_crop_size", "tile_size"), (1, 8192)),
     "global_crops": (1, 1000),
     "local_crops": (0, 1000),
-    **dict.fromkeys(("batch_size", "gradient_accumulation_steps"), (1, 65536)),
+    **dict.fromkeys(("batch_size", "gradient_accumulation_steps", "group_size", "tile_grid"), (1, 65536)),
     "num_threads": (1, 4096),
     "num_workers": (0, 4096),
     "seed": (0, 2**32 - 1),
-    **dict.fromkeys(("drop_path_rate", "center_momentum", "teacher_momentum"), (0, 1)),
+    **dict.fromkeys(("drop_path_rate", "center_momentum", "teacher_momentum", "transpose"), (0, 1)),
+    "brightness_sd": (0, 10),
     **dict.fromkeys(("weight_decay", "final_weight_decay", "max_grad_norm", "koleo_weight"), (0, 10**6)),
     "final_learning_rate": (0, 10**6),
+}
+CHOICES = {
+    "patch_embedding": ("linear", "convolutional"),
+    "intensity_scale": ("linear", "log"),
+    "symmetries": (1, 4, 8),
 }
 POSITIVE = (
     *("student_temperature", "teacher_temperature", "warmup_teacher_temperature", "learning_rate"),
@@ -129,6 +182,9 @@ class TrainingArguments:
     part: str = setting("annotated", "Configuration of the dataset to train on.")
     channels: list[str] = setting(["dna", "tubulin", "actin"], "Image columns, one network each.")
     weak_label: str = setting("compound", "none (plain DINO), treatment, compound, moa, or any column of the dataset.")
+    group_size: int = setting(
+        1, "1 makes pairs (the paper); with k > 1 a step takes groups of k images of one weak label, with one target."
+    )
     unlabelled: str = setting("drop", "Rows without a weak label: drop them, or pair each with itself (self).")
     pair_constraint: str = setting(
         "image", "A partner differs, where the label allows, in: none, image, well, plate or batch."
@@ -150,6 +206,7 @@ class TrainingArguments:
     num_attention_heads: int = setting(6, "Heads of a network that starts from random weights.")
     patch_size: int = setting(8, "Patch side in pixels of a network that starts from random weights.")
     initializer_range: float = setting(0.02, "SD of random weights, the head's too; 1 / sqrt(width) for narrow ones.")
+    patch_embedding: str = setting("linear", "Of a network that starts from random weights: linear or convolutional.")
     whiten_patches: bool = setting(
         False, "Start a random patch embedding from the whitened patches of the training images."
     )
@@ -159,13 +216,23 @@ class TrainingArguments:
     global_crops: int = setting(2, "Views of the anchor, seen by teacher and student.")
     global_crop_size: int = setting(224, "Side of a global view in pixels.")
     global_crop_area: list[float] = setting([0.1, 0.2], "Smallest and largest share of the field.")
+    student_sees_globals: bool = setting(True, "Whether the student sees the teacher's views too, as in the paper.")
     local_crops: int = setting(8, "Views of the partner, seen by the student.")
     local_crop_size: int = setting(96, "Side of a local view in pixels.")
     local_crop_area: list[float] = setting([0.04, 0.08], "Smallest and largest share of the field.")
+    transpose: float = setting(0.0, "Probability of exchanging a crop's rows and columns; 0.5: all its symmetries.")
+    brightness_sd: float = setting(0.0, "SD of the natural logarithm of a crop's random change of brightness.")
+    intensity_scale: str = setting(
+        "linear", "linear (the paper: clipped, divided) or log, which clips no bright pixel."
+    )
     max_intensity: float | None = setting(
         None, "Counts that become 1.0: 10000 for 16-bit and 255 for 8-bit planes if not given."
     )
-    tile_size: int = setting(224, "Side of the four tiles that the saved model's processor cuts from a field.")
+    tile_size: int = setting(224, "Side of the tiles that the saved model's processor cuts from a field.")
+    tile_grid: int = setting(2, "Tiles along a side of the field's centre; 1 for single cells.")
+    symmetries: int = setting(
+        1, "Turns and mirror images that the saved model averages a tile's features over: 1, 4, 8."
+    )
 
     num_prototypes: int = setting(65536, "Outputs of the projection head.")
     head_hidden_dim: int = setting(2048, "Width of the projection head's MLP.")
@@ -259,6 +326,19 @@ def check_arguments(arguments: TrainingArguments, patch_size: int) -> None:
             )
     for name in ("global_crop_area", "local_crop_area"):
         check_area(f"--{name}", getattr(a, name))
+    for name, choices in CHOICES.items():
+        if getattr(a, name) not in choices:
+            raise TrainingError(f"--{name} is {getattr(a, name)!r}: use one of {', '.join(map(str, choices))}.")
+    if a.batch_size % a.group_size:
+        raise TrainingError(
+            f"--batch_size {a.batch_size} is not a multiple of --group_size {a.group_size}: choose one."
+        )
+    if a.group_size > 1 and (a.unlabelled == "self" or a.anchor_group != "none"):
+        raise TrainingError("--group_size goes with --unlabelled drop and --anchor_group none: give these.")
+    if not a.student_sees_globals and not (a.global_crops and a.local_crops):
+        raise TrainingError(
+            "--student_sees_globals false needs a global and a local crop: the student sees the latter."
+        )
     if a.global_crops + a.local_crops < 2:
         raise TrainingError("--global_crops and --local_crops make a single view: the loss compares at least two.")
     for name in POSITIVE:
@@ -281,6 +361,8 @@ def check_arguments(arguments: TrainingArguments, patch_size: int) -> None:
         raise TrainingError(f"--centering is {a.centering!r}: use mean or sinkhorn.")
     if a.koleo_weight and a.batch_size < 2:
         raise TrainingError("--koleo_weight needs a neighbour in the batch: give --batch_size 2 or more.")
+    if a.whiten_patches and a.patch_embedding != "linear":
+        raise TrainingError("--whiten_patches starts a linear patch embedding: leave it out, or --patch_embedding.")
     if a.whiten_patches and a.init != "random":
         raise TrainingError("--whiten_patches would overwrite the weights of --init: leave one of them out.")
     if a.mixed_precision not in ("no", "bf16", "fp16"):

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModel
 
 import train_accelerate
+from dataset_scripts import open_fields
 
 ROOT = Path(__file__).parents[1]
 # A network and crops small enough for the tiny screen's 64 x 80 planes.
@@ -337,7 +338,7 @@ def test_where_a_gpu_is_left_alone_nothing_asks_for_it(tiny_screen, tmp_path, mo
     """ACCELERATE_USE_CPU on a machine with a GPU: the evaluation stays on the CPU, and fp16 is refused."""
     flags = [*SMALL, "--channels", "tubulin", "--eval_every", "1", "--output_dir", str(tmp_path)]
     _, arguments = train_accelerate.parse_arguments(flags)
-    dataset = datasets.load_dataset(str(tiny_screen), "annotated", split="train")
+    dataset = open_fields(str(tiny_screen), ["annotated"])
     run = train_accelerate.ChannelRun(arguments, "tubulin", dataset, tmp_path, str(tiny_screen))
     run.log.open(0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -442,9 +443,7 @@ def test_evaluation_does_not_change_what_is_learned(tiny_screen, tmp_path):
 
 
 def test_excluded_compounds_are_never_drawn(tiny_screen, tmp_path):
-    from datasets import load_dataset
-
-    dataset = load_dataset(str(tiny_screen), "annotated", split="train")
+    dataset = open_fields(str(tiny_screen), ["annotated"])
     held = sorted(set(dataset["compound"]))[0]
     for extra in ([], ["--weak_label", "none"], ["--weak_label", "moa"]):
         flags = [*SMALL, "--output_dir", str(tmp_path), "--exclude_compounds", held, "--channels", "dna", *extra]
@@ -496,7 +495,7 @@ REFUSALS = [
     (["--dataset", "/nowhere/at/all"], "/nowhere/at/all"),
     (["--patch_size", "7"], "--global_crop_size 32 is not a multiple of the patch size 7"),
     (["--tile_size", "30"], "--tile_size 30"),
-    (["--tile_size", "40"], "--tile_size 40 needs fields of at least 80 x 80 pixels"),
+    (["--tile_size", "40"], "need images of at least 80 x 80 pixels"),
     (["--global_crop_area", "0.5", "0.2"], "--global_crop_area is 0.5 0.2"),
     (["--batch_size", "0"], "--batch_size is 0"),
     (["--student_temperature", "0"], "--student_temperature is 0"),

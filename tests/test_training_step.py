@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState
 import train_accelerate
 from benchmarks import train_step
 from benchmarks.plain_dino import PlainDino
+from dataset_scripts import Fields
 from pretraining_wsdino import TrainingArguments, cosine_schedule
 
 BATCH = 3
@@ -29,9 +30,8 @@ def screen(dtype=np.uint16, rows=12):
     high = 14_000 if dtype == np.uint16 else 255
     planes = [random.integers(0, high, (64, 80), dtype=dtype) for _ in range(rows)]
     columns = {"er": planes, "gene": [f"gene {row % 3}" for row in range(rows)]}
-    return datasets.Dataset.from_dict(
-        columns, features=datasets.Features({"er": datasets.Image(), "gene": datasets.Value("string")})
-    )
+    features = datasets.Features({"er": datasets.Image(), "gene": datasets.Value("string")})
+    return Fields.from_dataset(datasets.Dataset.from_dict(columns, features=features))
 
 
 def arguments_of(**changes) -> TrainingArguments:
