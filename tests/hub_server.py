@@ -1,7 +1,7 @@
 """A small Hub-like HTTP server in this process: what pushing and loading ask of huggingface.co, kept in memory.
 
 Repositories hold the files of their last commit alone; every older commit answers with those. `requests` records what
-was asked, and `fail` names a request to refuse: (method, part of the path, how many to let through before, status).
+was asked, and `fail` names a request to refuse: (method, part of the path, status).
 """
 
 import base64
@@ -19,20 +19,13 @@ class HubServer:
 
     def __init__(self, token):
         self.token = token
-        # (kind, id) -> {"files": {path: bytes}, "commits": int, "titles": [str], "private": bool, "sdk": str}
-        self.repositories = {}
+        self.repositories = {}  # (kind, id) -> {"files": {path: bytes}, "titles": [str], "private": bool}
         self.objects = {}  # sha256 -> bytes
-        self.collections = {}  # slug -> {"title", "items": [(kind, id)]}
+        self.collections = {}  # slug -> [(kind, id)]
         self.requests = []
         self.fail = None
         self.lock = threading.Lock()
-        hub = self
-
-        class Handler(Requests):
-            pass
-
-        Handler.hub = hub
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Requests,), {"hub": self}))
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
@@ -44,12 +37,36 @@ class HubServer:
         self.server.shutdown()
         self.server.server_close()
 
+    def put(self, kind, name, files):
+        """A public repository of these files, as another would have pushed it."""
+        self.repositories[kind, name] = {"files": dict(files), "titles": ["initial commit"], "private": False}
+
     def commits(self):
-        return {name: repository["commits"] for (_, name), repository in self.repositories.items()}
+        return {name: len(repository["titles"]) for (_, name), repository in self.repositories.items()}
 
 
 def sha_of(repository):
-    return hashlib.sha1(str(repository["commits"]).encode()).hexdigest()
+    return hashlib.sha1(str(len(repository["titles"])).encode()).hexdigest()
+
+
+def entries(files, folder, recursive):
+    """The Hub's tree of a folder: its files, and the folders on the way to them."""
+    folder = f"{folder}/" if folder else ""
+    found = {}
+    for path, content in files.items():
+        if not path.startswith(folder):
+            continue
+        parts = path.removeprefix(folder).split("/")
+        for depth in range(1, len(parts) if recursive else min(len(parts), 2)):
+            name = folder + "/".join(parts[:depth])
+            found[name] = {"type": "directory", "path": name, "oid": "0" * 40, "size": 0}
+        if recursive or len(parts) == 1:
+            blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+            found[path] = {"type": "file", "path": path, "size": len(content), "oid": blob}
+            if path.endswith(LARGE):
+                oid = hashlib.sha256(content).hexdigest()
+                found[path]["lfs"] = {"oid": oid, "size": len(content), "pointerSize": 1}
+    return found
 
 
 class Requests(BaseHTTPRequestHandler):
@@ -60,11 +77,6 @@ class Requests(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self):
-        self.answer_one()
-
-    do_HEAD = do_POST = do_PUT = do_GET
-
-    def answer_one(self):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         address = urlsplit(self.path)
         path, query = unquote(address.path), parse_qs(address.query)
@@ -72,15 +84,14 @@ class Requests(BaseHTTPRequestHandler):
         with hub.lock:
             hub.requests.append((self.command, path))
             if hub.fail and self.command == hub.fail[0] and hub.fail[1] in path:
-                if hub.fail[2] == 0:
-                    # a careless server that echoes the token, which must not reach the user's screen
-                    return self.refuse(hub.fail[3], f"the disk is full, {self.headers.get('Authorization')}")
-                hub.fail = (*hub.fail[:2], hub.fail[2] - 1, hub.fail[3])
-            writing = self.command in ("POST", "PUT") and "/lfs-objects/" not in path
-            signed_in = self.headers.get("Authorization") == f"Bearer {hub.token}"
-            if (writing or "whoami" in path) and not signed_in and "paths-info" not in path:
+                # a careless server that echoes the token, which must not reach the user's screen
+                return self.refuse(hub.fail[2], f"the disk is full, {self.headers.get('Authorization')}")
+            writing = self.command in ("POST", "PUT") and "/lfs-objects/" not in path and "paths-info" not in path
+            if (writing or "whoami" in path) and self.headers.get("Authorization") != f"Bearer {hub.token}":
                 return self.refuse(401, "Invalid credentials")
             self.route(path, query, body)
+
+    do_HEAD = do_POST = do_PUT = do_GET
 
     def route(self, path, query, body):
         hub, parts = self.hub, path.strip("/").split("/")
@@ -94,19 +105,14 @@ class Requests(BaseHTTPRequestHandler):
             key = (wanted.get("type") or "model", name)
             if key in hub.repositories:
                 return self.refuse(409, "You already created this repo", {"url": f"{hub.url}/{name}"})
-            private = wanted.get("visibility") == "private"
             files = {".gitattributes": b"*.safetensors filter=lfs\n"}
             if wanted.get("sdk") == "static":  # the page that a new static Space shows
-                files |= {
-                    "README.md": b"---\nsdk: static\n---\n",
-                    "index.html": b"<p>Welcome</p>",
-                    "style.css": b"p {}",
-                }
-            repository = {"files": files, "commits": 1, "titles": ["initial commit"], "private": private}
-            hub.repositories[key] = repository | {"sdk": wanted.get("sdk")}
+                files |= {"README.md": b"---\nsdk: static\n---\n", "index.html": b"<p>Hi</p>", "style.css": b"p {}"}
+            hub.put(*key, files)
+            hub.repositories[key]["private"] = wanted.get("visibility") == "private"
             return self.send({"url": f"{hub.url}/{name}", "name": name, "id": name})
         if parts[:2] == ["api", "collections"]:
-            return self.route_collections(parts[2:], body)
+            return self.collect(parts[2:], json.loads(body) if body else {})
         if parts[0] == "lfs-objects":
             if hashlib.sha256(body).hexdigest() != parts[1]:
                 return self.refuse(400, "checksum")
@@ -118,116 +124,79 @@ class Requests(BaseHTTPRequestHandler):
                 action = {"upload": {"href": f"{hub.url}/lfs-objects/{item['oid']}"}}
                 objects.append(item | ({} if item["oid"] in hub.objects else {"actions": action}))
             return self.send({"transfer": "basic", "objects": objects})
-        if parts[0] == "api" and parts[1] in ("models", "datasets", "spaces"):
-            return self.route_repository(parts[1][:-1], "/".join(parts[2:4]), parts[4:], query, body)
         kind = "model"
-        if parts[0] in ("datasets", "spaces"):
+        if parts[0] == "api":
+            kind, parts = parts[1][:-1], parts[2:]
+        elif parts[0] in ("datasets", "spaces"):
             kind, parts = parts[0][:-1], parts[1:]
-        if len(parts) > 4 and parts[2] == "resolve":
-            return self.resolve(hub.repositories.get((kind, "/".join(parts[:2]))), "/".join(parts[4:]))
-        return self.refuse(404, f"nothing is at {path}")
-
-    def route_collections(self, rest, body):
-        hub = self.hub
-        wanted = json.loads(body) if body else {}
-        if not rest:
-            slug = f"{wanted['namespace']}/{wanted['title'].lower()}-0123456789abcdef01234567"
-            if slug in hub.collections:
-                return self.refuse(409, "exists", {"slug": slug})
-            hub.collections[slug] = {"title": wanted["title"], "items": []}
-        else:
-            slug = "/".join(rest[:2])
-            if rest[2:] == ["items"]:
-                item = (wanted["item"]["type"], wanted["item"]["id"])
-                if item in hub.collections[slug]["items"]:
-                    return self.refuse(409, "exists")
-                hub.collections[slug]["items"].append(item)
-        items = [
-            {"_id": str(index), "id": name, "type": kind, "position": index}
-            for index, (kind, name) in enumerate(hub.collections[slug]["items"])
-        ]
-        owner = {"name": slug.split("/")[0], "type": "user"}
-        collection = {"slug": slug, "title": hub.collections[slug]["title"], "owner": owner, "items": items}
-        times = {"lastUpdated": "2026-01-01T00:00:00.000Z", "position": 0, "upvotes": 0}
-        return self.send(collection | times | {"theme": "blue", "private": False, "gating": False})
-
-    def route_repository(self, kind, name, rest, query, body):
-        repository = self.hub.repositories.get((kind, name))
+        repository = hub.repositories.get((kind, "/".join(parts[:2])))
         if repository is None:
             return self.refuse(404, "Repository not found", code="RepoNotFound")
+        if path.startswith("/api/"):
+            return self.about("/".join(parts[:2]), repository, parts[2:], query, body)
+        self.resolve(repository, "/".join(parts[4:]))
+
+    def collect(self, rest, wanted):
+        slug = "/".join(rest[:2]) or f"{wanted['namespace']}/{wanted['title'].lower()}-0123456789abcdef01234567"
+        item = (wanted["item"]["type"], wanted["item"]["id"]) if rest[2:] == ["items"] else None
+        if slug in self.hub.collections if not rest else item in self.hub.collections[slug]:
+            return self.refuse(409, "exists", {"slug": slug})
+        found = self.hub.collections.setdefault(slug, [])
+        found += [item] if item else []
+        items = [{"_id": name, "id": name, "type": kind, "position": 0} for kind, name in found]
+        content = {"slug": slug, "title": slug, "owner": {"name": "lab", "type": "user"}, "items": items}
+        content |= {"lastUpdated": "2026-01-01T00:00:00.000Z", "position": 0, "upvotes": 0, "gating": False}
+        self.send(content | {"theme": "blue", "private": False})
+
+    def about(self, name, repository, rest, query, body):
         files, action = repository["files"], rest[0] if rest else "revision"
         if action == "preupload":
+            modes = {True: "lfs", False: "regular"}
+            asked = [file["path"] for file in json.loads(body)["files"]]
+            known = entries(files, "", True)
             answers = [
-                {
-                    "path": file["path"],
-                    "uploadMode": "lfs" if file["path"].endswith(LARGE) else "regular",
-                    "shouldIgnore": False,
-                }
-                for file in json.loads(body)["files"]
+                {"path": path, "uploadMode": modes[path.endswith(LARGE)], "shouldIgnore": False}
+                | {"oid": (known.get(path) or {}).get("lfs", known.get(path) or {}).get("oid")}
+                for path in asked
             ]
             return self.send({"files": answers})
         if action == "commit":
+            lines = [json.loads(line) for line in body.decode().splitlines()]
             changed = dict(files)
-            for line in body.decode().splitlines():
-                item = json.loads(line)
-                value = item["value"]
-                if item["key"] == "header":
-                    titles = [value["summary"], *repository["titles"]]
-                elif item["key"] == "file":
+            for key, value in ((line["key"], line["value"]) for line in lines[1:]):
+                if key == "file":
                     changed[value["path"]] = base64.b64decode(value["content"])
-                elif item["key"] == "lfsFile":
-                    if value["oid"] not in self.hub.objects:
-                        return self.refuse(400, f"the object of {value['path']} was never uploaded")
+                elif key == "lfsFile":
                     changed[value["path"]] = self.hub.objects[value["oid"]]
-                elif item["key"] == "deletedFile":
+                elif key == "deletedFile":
                     del changed[value["path"]]
-            repository["files"], repository["titles"] = changed, titles
-            repository["commits"] += 1
+            repository["files"] = changed
+            repository["titles"].insert(0, lines[0]["value"]["summary"])
             return self.send({"commitUrl": f"{self.hub.url}/{name}/commit/1", "commitOid": sha_of(repository)})
         if action == "commits":
-            about = {"authors": [{"user": "lab"}], "date": "2026-01-01T00:00:00.000Z", "message": ""}
-            return self.send([about | {"id": "0" * 40, "title": title} for title in repository["titles"]])
+            about = {"authors": [{"user": "lab"}], "date": "2026-01-01T00:00:00.000Z", "message": "", "id": "0" * 40}
+            return self.send([about | {"title": title} for title in repository["titles"]])
         if action == "tree":
-            folder = "/".join(rest[2:])
-            return self.send(self.entries(files, folder, query.get("recursive", ["false"])[0].lower() == "true"))
+            recursive = query.get("recursive", ["false"])[0].lower() == "true"
+            return self.send(list(entries(files, "/".join(rest[2:]), recursive).values()))
         if action == "paths-info":
             wanted = parse_qs(body.decode()).get("paths", []) if body[:1] != b"{" else json.loads(body)["paths"]
-            listed = {entry["path"]: entry for entry in self.entries(files, "", True)}
-            return self.send([listed[path] for path in wanted if path in listed])
+            known = entries(files, "", True)
+            return self.send([known[path] for path in wanted if path in known])
         siblings = [{"rfilename": path} for path in files]
         about = {"id": name, "sha": sha_of(repository), "private": repository["private"], "siblings": siblings}
-        return self.send(about | {"tags": [], "downloads": 0, "likes": 0, "lastModified": "2026-01-01T00:00:00.000Z"})
-
-    @staticmethod
-    def entries(files, folder, recursive):
-        entries, folders = [], set()
-        for path, content in files.items():
-            if folder and not path.startswith(folder + "/"):
-                continue
-            below = path[len(folder) + 1 if folder else 0 :].split("/")
-            for depth in range(1, len(below) if recursive else min(len(below), 2)):
-                folders.add("/".join(([folder] if folder else []) + below[:depth]))
-            if recursive or len(below) == 1:
-                blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-                entry = {"type": "file", "path": path, "size": len(content), "oid": blob}
-                if path.endswith(LARGE):
-                    entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 1}
-                entries.append(entry)
-        return entries + [{"type": "directory", "path": path, "oid": "0" * 40, "size": 0} for path in sorted(folders)]
+        self.send(about | {"tags": [], "downloads": 0, "likes": 0, "lastModified": "2026-01-01T00:00:00.000Z"})
 
     def resolve(self, repository, path):
-        if repository is None:
-            return self.refuse(404, "Repository not found", code="RepoNotFound")
         content = repository["files"].get(path)
         commit = {"X-Repo-Commit": sha_of(repository)}
         if content is None:
             return self.refuse(404, "Entry not found", code="EntryNotFound", headers=commit)
         headers = commit | {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "Accept-Ranges": "bytes"}
-        status, wanted = 200, self.headers.get("Range")
-        if wanted and wanted.startswith("bytes="):
+        status, wanted, size = 200, self.headers.get("Range"), len(content)
+        if wanted:
             first, last = wanted.removeprefix("bytes=").split("-")
-            size, start = len(content), int(first or 0)
-            stop = min(int(last) if last else size - 1, size - 1)
+            start, stop = int(first or 0), min(int(last or size - 1), size - 1)
             content, status = content[start : stop + 1], 206
             headers["Content-Range"] = f"bytes {start}-{stop}/{size}"
         self.reply(status, content, headers | {"Content-Type": "application/octet-stream"})
@@ -237,15 +206,13 @@ class Requests(BaseHTTPRequestHandler):
 
     def refuse(self, status, message, more=None, *, code=None, headers=None):
         headers = (headers or {}) | {"Content-Type": "application/json", "X-Error-Message": message}
-        if code:
-            headers["X-Error-Code"] = code
+        headers |= {"X-Error-Code": code} if code else {}
         self.reply(status, json.dumps({"error": message} | (more or {})).encode(), headers)
 
     def reply(self, status, content, headers):
         self.send_response(status)
-        for name, value in headers.items():
+        for name, value in (headers | {"Content-Length": str(len(content))}).items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)

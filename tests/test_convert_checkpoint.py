@@ -187,14 +187,14 @@ def hub(tmp_path, monkeypatch):
 
 def put(hub, name, folder):
     files = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    hub.repositories["model", name] = {"files": files, "commits": 1, "private": False, "sdk": None}
+    hub.put("model", name, files)
 
 
 def test_a_hub_that_fails_or_a_damaged_file_gives_no_other_tiles(hub, tmp_path, monkeypatch):
     """Features of tiles that the network was not trained on would be others, and nobody would know."""
     model = make_model(channel_names=["dna"])
     put(hub, "lab/dna", build_repository(tmp_path / "dna", model, WSDinoImageProcessor(tile_size=16)))
-    hub.fail = ("HEAD", "preprocessor_config.json", 0, 501)  # which is not tried again, with pauses
+    hub.fail = ("HEAD", "preprocessor_config.json", 501)  # which is not tried again, with pauses
     with pytest.raises(ValueError, match="no image processor can be read from lab/dna"):
         load_image_processor("lab/dna", model)
     hub.fail = None
@@ -217,7 +217,7 @@ def test_a_vit_of_the_hub_gets_our_tiles_where_it_certainly_has_none(hub, vit, t
     vit.save_pretrained(tmp_path / "vit")
     put(hub, "lab/vit", tmp_path / "vit")
     model = load_backbone("lab/vit")
-    hub.fail = ("HEAD", "preprocessor_config.json", 0, 501)  # which is not tried again, with pauses
+    hub.fail = ("HEAD", "preprocessor_config.json", 501)  # which is not tried again, with pauses
     with pytest.raises(ValueError, match="no image processor can be read from lab/vit"):
         load_image_processor("lab/vit", model)
     hub.fail = None

@@ -4,7 +4,7 @@ It knows paths and plain JSON, never networks.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,20 +34,27 @@ PROFILE_SETS = {
 }
 
 
-# What earlier versions called a profile set, a setting of training, or an entry of metrics.jsonl. Their run folders
-# are read like those of this version.
-OLD_NAMES = {
-    "count": "nuclei",
-    "images_per_second": "pairs_per_second",
+# What earlier versions called settings of training, profile sets and entries of metrics.jsonl: their run folders are
+# read under the names of this version.
+RENAMED_SETTINGS = {
     "part": "subset",
+    "eval_parts": "eval_subsets",
     "epochs": "num_train_epochs",
     "batch_size": "per_device_train_batch_size",
+    "save_every": "save_every_epochs",
+    "keep": "save_total_limit",
+    "eval_every": "eval_every_epochs",
+    "log_every": "logging_steps",
+    "num_workers": "dataloader_num_workers",
+    "trackers": "report_to",
 }
+RENAMED_SETS = {"count": "nuclei"}
+RENAMED_METRICS = {"images_per_second": "pairs_per_second"}
 
 
-def renamed(content: dict) -> dict:
-    """The same dictionary with keys of earlier versions under their present names."""
-    return {OLD_NAMES.get(key, key): value for key, value in content.items()}
+def renamed(content: dict, names: Mapping[str, str]) -> dict:
+    """The same dictionary with its old keys under their present names."""
+    return {names.get(key, key): value for key, value in content.items()}
 
 
 def ordered_sets(names: Iterable[str]) -> list[str]:
@@ -158,13 +165,11 @@ class RunFolder:
         dictionaries += [settings.get(key) or {} for key in ("arguments", "dataset") if isinstance(settings, dict)]
         if results.get("format") != 1 or not sets or not all(isinstance(one, dict) for one in dictionaries):
             raise UserError(f"{self.results_file} is damaged or of another version: {fix}.")
-        results["sets"] = renamed(sets)
-        results["headline"]["set"] = OLD_NAMES.get(results["headline"]["set"], results["headline"]["set"])
-        for comparison in results["comparisons"]:
-            comparison |= {key: OLD_NAMES.get(comparison[key], comparison[key]) for key in ("first", "second")}
-        results["settings"] = settings | {
-            key: renamed(settings[key]) for key in ("arguments", "dataset") if settings.get(key)
-        }
+        results["sets"] = renamed(sets, RENAMED_SETS)
+        for one in (results["headline"], *results["comparisons"]):
+            one |= {key: RENAMED_SETS.get(one[key], one[key]) for key in ("set", "first", "second") if key in one}
+        parts = {key: renamed(settings.get(key) or {}, RENAMED_SETTINGS) for key in ("arguments", "dataset")}
+        results["settings"] = settings | parts
         return results
 
     def trained_channels(self) -> list[str]:
@@ -193,4 +198,4 @@ class RunFolder:
                 lines.append(json.loads(line))
             except ValueError:
                 continue
-        return [renamed(line) for line in lines if isinstance(line, dict)]
+        return [renamed(line, RENAMED_METRICS) for line in lines if isinstance(line, dict)]

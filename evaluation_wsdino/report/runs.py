@@ -65,7 +65,7 @@ def load_run(folder: str | Path, dataset: str | Path | None = None, *, thumbnail
     """
     run = RunFolder(folder)
     results = run.results()
-    recorded = ((results.get("settings") or {}).get("dataset") or {}).get("path")
+    recorded = results["settings"]["dataset"].get("path")
     found = {}
     if thumbnails and dataset:
         found = load_thumbnails(dataset)
