@@ -77,8 +77,8 @@ class PeakMemory:
 
 def write_screen(folder, plates, fields):
     """Full-size raw fields in the official layout; a few drawn fields are written under many names."""
-    from dataset_scripts.draw_cells import Optics, Phenotype, draw_field, mechanism_phenotypes
-    from dataset_scripts.simulate import HEADER
+    from dataset_scripts.simulator import Optics, Phenotype, draw_field, mechanism_phenotypes
+    from dataset_scripts.simulator.plate_layout import HEADER
 
     phenotypes = [Phenotype(), *mechanism_phenotypes().values()][:4]
     drawn = [
@@ -194,9 +194,9 @@ def read(args):
     import torch
 
     from dataset_scripts import open_fields, open_planes
-    from dataset_scripts.draw_cells import Optics, Phenotype, draw_field
     from dataset_scripts.illumination import correct_plane
     from dataset_scripts.plates import encode_png
+    from dataset_scripts.simulator import Optics, Phenotype, draw_field
     from pretraining_wsdino.multicrop import CropSpec, resize_windows
     from pretraining_wsdino.pairs import CROP_STREAM, Pair, WeakLabelPairCollator, keyed_generator
 

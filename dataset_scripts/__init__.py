@@ -9,12 +9,12 @@ import importlib
 _HOME = {
     "BBBC021": "bbbc021",
     "Fields": "open_dataset",
-    "Phenotype": "draw_cells",
+    "Phenotype": "simulator.phenotypes",
     "Planes": "open_dataset",
     "RawScreen": "bbbc021",
-    "SCREEN_SIZES": "simulate",
+    "SCREEN_SIZES": "simulator.screen_design",
     "ScreenColumns": "screen",
-    "ScreenDesign": "simulate",
+    "ScreenDesign": "simulator.screen_design",
     "ScreenError": "screen",
     "build_dataset": "prepare",
     "check_fields_once": "open_dataset",
@@ -23,7 +23,7 @@ _HOME = {
     "open_fields": "open_dataset",
     "open_planes": "planes",
     "read_screen": "screen",
-    "simulate_screen": "simulate",
+    "simulate_screen": "simulator.simulate",
 }
 
 __all__ = sorted(_HOME)

@@ -16,7 +16,8 @@ from PIL import Image
 import extract_profiles
 import push_to_hub
 import train_accelerate
-from dataset_scripts import prepare, simulate
+from dataset_scripts import prepare
+from dataset_scripts.simulator import simulate
 from evaluation_wsdino import evaluate_profiles, report
 from evaluation_wsdino.not_same_compound.not_same_compound import not_same_compound
 from modeling_wsdino import (

@@ -17,7 +17,7 @@ from datasets import load_dataset
 from dataset_scripts.download import TABLES, Downloader, archive_name, check_archive, extract_archive
 from dataset_scripts.prepare import build_dataset, main
 from dataset_scripts.screen import ScreenError
-from dataset_scripts.simulate import simulate_screen
+from dataset_scripts.simulator.simulate import simulate_screen
 
 
 class Server(http.server.ThreadingHTTPServer):

@@ -21,7 +21,8 @@ from PIL import Image
 import extract_profiles
 import push_to_hub
 import train_accelerate
-from dataset_scripts import ScreenError, prepare, screen, simulate
+from dataset_scripts import ScreenError, prepare, screen
+from dataset_scripts.simulator import simulate
 from evaluation_wsdino import evaluate_profiles, report
 from modeling_wsdino import WSDinoImageProcessor, convert_checkpoint
 from modeling_wsdino.image_processing_wsdino import MAX_PIXELS

@@ -13,7 +13,7 @@ from PIL import Image
 
 from dataset_scripts.prepare import build_dataset, main
 from dataset_scripts.screen import ScreenError
-from dataset_scripts.simulate import simulate_screen
+from dataset_scripts.simulator.simulate import simulate_screen
 
 COLUMNS = {
     "dna", "tubulin", "actin", "preview", "compound", "concentration", "treatment", "moa", "batch", "plate", "well",

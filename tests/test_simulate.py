@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset_scripts.screen import ScreenError
-from dataset_scripts.simulate import main, simulate_screen
+from dataset_scripts.simulator.simulate import main, simulate_screen
+from wsdino.errors import UserError
 
 HEADER = [
     "TableNumber", "ImageNumber", "Image_FileName_DAPI", "Image_PathName_DAPI", "Image_FileName_Tubulin",
@@ -117,10 +117,10 @@ def test_marks_itself_and_is_safe_to_repeat(screen, tmp_path):
     before = digest_of(screen)
     simulate_screen(screen, size="tiny", seed=5, progress=False)
     assert digest_of(screen) == before
-    with pytest.raises(ScreenError, match="another simulation"):
+    with pytest.raises(UserError, match="another simulation"):
         simulate_screen(screen, size="tiny", seed=6, progress=False)
     (tmp_path / "letter.txt").write_text("mine")
-    with pytest.raises(ScreenError, match="not empty"):
+    with pytest.raises(UserError, match="not empty"):
         simulate_screen(tmp_path, size="tiny")
 
 
@@ -138,11 +138,13 @@ def test_an_interruption_is_one_sentence(tmp_path, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dataset_scripts.simulate._write_well", interrupted)
+    monkeypatch.setattr("dataset_scripts.simulator.simulate._write_well", interrupted)
     with pytest.raises(SystemExit) as ended:
         main([str(tmp_path / "raw"), "--size", "tiny", "--image_size", "40", "48", "--workers", "1"])
     assert ended.value.code == 130
-    assert capsys.readouterr().err.endswith("wsdino-simulate: interrupted: run the command again to go on from here\n")
+    assert capsys.readouterr().err.endswith(
+        "wsdino-simulate: interrupted: run the command again to continue from here\n"
+    )
 
 
 def dies(task):
@@ -151,7 +153,7 @@ def dies(task):
 
 
 def test_a_worker_process_that_is_killed_is_one_sentence(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("dataset_scripts.simulate._write_well", dies)
+    monkeypatch.setattr("dataset_scripts.simulator.simulate._write_well", dies)
     with pytest.raises(SystemExit) as ended:
         main([str(tmp_path / "raw"), "--size", "tiny", "--workers", "2"])
     assert ended.value.code == 2
@@ -160,7 +162,7 @@ def test_a_worker_process_that_is_killed_is_one_sentence(tmp_path, monkeypatch, 
 
 
 def test_an_interrupted_simulation_is_finished_with_the_same_bytes(tmp_path, monkeypatch):
-    from dataset_scripts import simulate
+    from dataset_scripts.simulator import simulate
 
     changes = dict(seed=3, progress=False, image_size=(40, 48), scale=0.3, workers=1)
     whole = simulate_screen(tmp_path / "whole", "tiny", **changes)
@@ -177,7 +179,7 @@ def test_an_interrupted_simulation_is_finished_with_the_same_bytes(tmp_path, mon
         simulate_screen(tmp_path / "cut", "tiny", **changes)
     monkeypatch.undo()
     assert not (tmp_path / "cut" / "simulation.json").exists()
-    with pytest.raises(ScreenError, match="unfinished"):
+    with pytest.raises(UserError, match="unfinished"):
         simulate_screen(tmp_path / "cut", "tiny", **{**changes, "seed": 4})
     simulate_screen(tmp_path / "cut", "tiny", **changes)
     assert digest_of(tmp_path / "cut") == digest_of(whole)
@@ -195,7 +197,7 @@ def test_an_interrupted_simulation_is_finished_with_the_same_bytes(tmp_path, mon
     ],
 )
 def test_bad_designs_are_named(changes, named, tmp_path):
-    with pytest.raises(ScreenError, match=named):
+    with pytest.raises(UserError, match=named):
         simulate_screen(tmp_path / "raw", **{"size": "tiny", **changes})
 
 
@@ -268,7 +270,7 @@ def test_a_plate_map_writes_images_inside_the_folder_only(tmp_path, dna, folder,
 
     error = capsys.readouterr().err
     assert re.search(f"image.csv.*{message}", error), error
-    # Nothing is left behind, so the mended map may go to the same folder.
+    # Nothing is left behind, so the corrected map may go to the same folder.
     assert {path for path in tmp_path.rglob("*")} == before
 
 
@@ -297,14 +299,14 @@ def test_a_plate_map_writes_images_inside_the_folder_only(tmp_path, dna, folder,
     ],
 )
 def test_impossible_designs_are_refused_in_a_sentence(tmp_path, changes, message):
-    with pytest.raises(ScreenError, match=message):
+    with pytest.raises(UserError, match=message):
         simulate_screen(tmp_path / "raw", "tiny", **changes)
     assert not (tmp_path / "raw").exists()
 
 
 def test_untreated_fields_have_the_real_camera_s_grey_levels():
     """Ranges about what four real fields show: background, nuclei, and pixels above 10,000."""
-    from dataset_scripts.draw_cells import Optics, Phenotype, draw_field
+    from dataset_scripts.simulator import Optics, Phenotype, draw_field
 
     planes = np.concatenate(
         [draw_field(np.random.default_rng(seed), (512, 640), Phenotype(), Optics()) for seed in range(3)], axis=1
@@ -325,7 +327,7 @@ def test_cells_keep_their_size_in_a_smaller_image():
     """Nuclei by thresholding and labelling, as an outsider would measure them."""
     from scipy import ndimage
 
-    from dataset_scripts.draw_cells import Optics, Phenotype, draw_field
+    from dataset_scripts.simulator import Optics, Phenotype, draw_field
 
     def nuclei(size, scale=1.0):
         areas = []
@@ -349,7 +351,7 @@ def test_each_mechanism_looks_different_from_untreated():
     """Drastic phenotypes: some plain measure moves by more than two standard deviations of untreated fields."""
     from scipy import ndimage
 
-    from dataset_scripts.draw_cells import Optics, Phenotype, draw_field, mechanism_phenotypes
+    from dataset_scripts.simulator import Optics, Phenotype, draw_field, mechanism_phenotypes
 
     def measures(phenotype, seeds):
         rows = []

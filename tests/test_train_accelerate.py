@@ -627,7 +627,7 @@ def test_the_whole_way_through_real_commands(tmp_path):
     """simulate -> prepare -> train 2 steps -> resume -> extract -> evaluate -> report, as a user types them."""
     raw, built, run = tmp_path / "raw", tmp_path / "built", tmp_path / "run"
     steps = [
-        ("-m", "dataset_scripts.simulate", str(raw), "--size", "tiny"),
+        ("-m", "dataset_scripts.simulator.simulate", str(raw), "--size", "tiny"),
         ("-m", "dataset_scripts.prepare", "--raw", str(raw), "--output", str(built)),
         (
             "train_accelerate.py",

@@ -11,7 +11,7 @@ COMMANDS = {
     "report": "evaluation_wsdino.report",
     "push": "push_to_hub",
     "prepare": "dataset_scripts.prepare",
-    "simulate": "dataset_scripts.simulate",
+    "simulate": "dataset_scripts.simulator.simulate",
     "convert": "modeling_wsdino.convert_checkpoint",
 }
 

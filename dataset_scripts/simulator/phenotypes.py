@@ -1,0 +1,116 @@
+"""What a population of cells looks like, as plain numbers: untreated, and under each mechanism of action.
+
+The drawing follows what one sees in BBBC021 (MCF7 cells, 1280 x 1024 raw pixels): nuclei about 38 raw pixels across,
+cell bodies about 100. A phenotype is a set of numbers, so that a dose is an interpolation between `Phenotype()`
+(untreated) and the phenotype of a mechanism, and a compound is a small deviation from its mechanism.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Phenotype:
+    """Appearance of one population of cells. Lengths are raw pixels at scale 1, shares lie in [0, 1]."""
+
+    density: float = 0.85  # cells, relative to a closed monolayer of cells of the untreated size
+    clustering: float = 0.5  # 0 = even, 1 = islands with wide gaps between them
+    cell_radius: float = 50.0
+    cell_elongation: float = 1.25
+    spikes: float = 0.10  # amplitude of the outline's irregularity, relative to the radius
+    rounded: float = 0.03  # share of cells rounded up (mitotic, or dying)
+    monopolar: float = 0.0  # share of the rounded ones with a monopolar aster inside a chromatin ring
+    nucleus_radius: float = 18.5
+    nucleus_elongation: float = 1.2
+    nucleus_lobes: float = 0.03  # amplitude of the nuclear outline's irregularity
+    nucleus_brightness: float = 1.0
+    nucleus_texture: float = 0.10  # contrast of the chromatin's fine grain
+    nucleus_offset: float = 0.12  # of the nucleus from the middle, relative to the cell radius
+    nucleoli: float = 3.0  # dark spots per nucleus
+    nucleolus_radius: float = 3.0
+    binucleate: float = 0.03
+    fragmented: float = 0.01  # share of cells whose nucleus is in pieces
+    fragments: float = 5.0  # pieces of such a nucleus
+    actin_body: float = 1.0
+    actin_edge: float = 1.0
+    actin_fibres: float = 8.0  # stress fibres per cell
+    actin_puncta: float = 1.0  # bright spots per cell
+    actin_puncta_radius: float = 2.0
+    tubulin_diffuse: float = 1.0
+    tubulin_filaments: float = 150.0  # per cell
+    tubulin_length: float = 0.9  # of a filament, relative to the way from nucleus to edge
+    tubulin_swirl: float = 1.3  # sd of the angle (radians) a filament winds around the nucleus
+    tubulin_bundling: float = 0.05  # share of filaments that are thick bundles
+    tubulin_perinuclear: float = 0.25  # brightness of the cloud on one side of the nucleus
+    variability: float = 0.12  # log sd of sizes between cells of a population
+
+    def blend(self, other: Phenotype, strength: float) -> Phenotype:
+        """Interpolate every number: strength 0 gives this phenotype, 1 the other."""
+        return Phenotype(
+            **{
+                f.name: getattr(self, f.name) + strength * (getattr(other, f.name) - getattr(self, f.name))
+                for f in fields(self)
+            }
+        )
+
+    def vary(self, rng: np.random.Generator, sd: float) -> Phenotype:
+        """A phenotype whose every number is multiplied by exp(N(0, sd))."""
+        return Phenotype(**{f.name: getattr(self, f.name) * float(np.exp(rng.normal(0, sd))) for f in fields(self)})
+
+
+def mechanism_phenotypes() -> dict[str, Phenotype]:
+    """Full-dose phenotypes of the twelve mechanisms annotated in BBBC021, as described by Caie et al. (2010)."""
+    normal = Phenotype()
+    return {
+        "Actin disruptors": replace(
+            normal, density=0.55, cell_radius=40, spikes=0.32, actin_edge=0.25, actin_body=0.7, actin_fibres=0,
+            actin_puncta=16, actin_puncta_radius=3.2, binucleate=0.35, tubulin_swirl=0.3, nucleus_offset=0.2,
+        ),
+        "Aurora kinase inhibitors": replace(
+            normal, density=0.50, cell_radius=72, nucleus_radius=29, nucleus_lobes=0.28, nucleus_brightness=0.85,
+            variability=0.22, actin_fibres=14, tubulin_filaments=240, nucleoli=7,
+        ),
+        "Cholesterol-lowering": replace(
+            normal, density=0.60, cell_radius=34, cell_elongation=2.6, spikes=0.22, actin_body=1.5, actin_edge=0.7,
+            nucleus_radius=16, nucleus_elongation=1.5, tubulin_swirl=0.25, tubulin_filaments=90, actin_fibres=3,
+        ),
+        "DNA damage": replace(
+            normal, density=0.50, cell_radius=70, nucleus_radius=25, nucleus_texture=0.30, nucleus_brightness=0.8,
+            nucleoli=2, nucleolus_radius=5.0, actin_fibres=18, actin_edge=0.7,
+        ),
+        "DNA replication": replace(
+            normal, density=0.55, cell_radius=60, nucleus_radius=24.5, nucleus_texture=0.05, nucleus_brightness=1.1,
+            nucleoli=1.2, nucleolus_radius=7.0, clustering=0.3, actin_puncta=4, tubulin_filaments=180,
+        ),
+        "Eg5 inhibitors": replace(
+            normal, density=0.55, rounded=0.55, monopolar=0.95, clustering=0.3, binucleate=0.1, fragmented=0.12,
+        ),
+        "Epithelial": replace(
+            normal, density=0.95, clustering=0.95, cell_radius=38, spikes=0.03, cell_elongation=1.05, actin_edge=2.6,
+            actin_fibres=0, actin_body=0.7, nucleus_radius=16.5, tubulin_swirl=1.6, rounded=0.01,
+        ),
+        "Kinase inhibitors": replace(
+            normal, density=0.65, spikes=0.40, cell_elongation=1.8, cell_radius=52, actin_edge=0.5, actin_fibres=2,
+            actin_body=0.8, tubulin_filaments=70, tubulin_bundling=0.15, tubulin_swirl=0.3, nucleus_elongation=1.45,
+        ),
+        "Microtubule destabilizers": replace(
+            normal, density=0.55, fragmented=0.65, fragments=7, rounded=0.22, cell_radius=46, tubulin_filaments=12,
+            tubulin_length=0.35, tubulin_diffuse=2.2, spikes=0.16, nucleus_lobes=0.10,
+        ),
+        "Microtubule stabilizers": replace(
+            normal, density=0.55, fragmented=0.70, fragments=6, rounded=0.15, cell_radius=54, tubulin_filaments=45,
+            tubulin_bundling=0.85, tubulin_swirl=2.4, tubulin_diffuse=0.6, nucleus_lobes=0.10,
+        ),
+        "Protein degradation": replace(
+            normal, density=0.60, cell_radius=38, nucleus_radius=14.5, nucleus_offset=0.45, nucleus_brightness=1.3,
+            nucleus_lobes=0.12, nucleoli=0, tubulin_perinuclear=2.6, tubulin_filaments=60, rounded=0.12, spikes=0.15,
+        ),
+        "Protein synthesis": replace(
+            normal, density=0.60, cell_radius=42, nucleus_radius=15.5, nucleus_texture=0.03, nucleoli=0.2,
+            nucleus_elongation=1.05, spikes=0.05, tubulin_filaments=45, tubulin_diffuse=1.3, actin_edge=0.6,
+            actin_fibres=1, tubulin_length=0.7,
+        ),
+    }  # fmt: skip
