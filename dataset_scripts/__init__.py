@@ -9,6 +9,7 @@ import importlib
 _HOME = {
     "BBBC021": "bbbc021",
     "Fields": "open_dataset",
+    "Optics": "simulator.optics",
     "Phenotype": "simulator.phenotypes",
     "Planes": "open_dataset",
     "RawScreen": "bbbc021",
@@ -18,10 +19,14 @@ _HOME = {
     "ScreenError": "screen",
     "build_dataset": "prepare",
     "check_fields_once": "open_dataset",
+    "draw_crops": "simulator.drawing",
     "load_thumbnails": "open_dataset",
+    "mechanism_blend": "simulator.phenotypes",
     "metadata_table": "open_dataset",
     "open_fields": "open_dataset",
     "open_planes": "planes",
+    "random_optics": "simulator.optics",
+    "random_phenotype": "simulator.phenotypes",
     "read_screen": "screen",
     "simulate_screen": "simulator.simulate",
 }

@@ -38,6 +38,15 @@ class Cells:
     nucleus_radius: np.ndarray
 
 
+def expected_cells(high: float, wide: float, phenotype: Phenotype, optics: Optics, scale: float = 1.0) -> float:
+    """Mean number of cells seeded on `high` x `wide` pixels.
+
+    Density counts cells of the untreated size: a drug that makes cells larger does not make more of them.
+    """
+    closed = np.pi * (0.80 * Phenotype.cell_radius * scale * optics.cell_size) ** 2
+    return max(phenotype.density * optics.density, 0.02) * high * wide / closed
+
+
 def place_cells(
     rng: np.random.Generator, image_size: tuple[int, int], phenotype: Phenotype, optics: Optics, scale: float
 ) -> Cells:
@@ -46,9 +55,7 @@ def place_cells(
     mean_radius = phenotype.cell_radius * scale * optics.cell_size
     margin = 1.2 * mean_radius
     high, wide = rows + 2 * margin, columns + 2 * margin
-    # Density counts cells of the untreated size: a drug that makes cells larger does not make more of them.
-    closed = np.pi * (0.80 * Phenotype.cell_radius * scale * optics.cell_size) ** 2
-    wanted = rng.poisson(max(phenotype.density * optics.density, 0.02) * high * wide / closed)
+    wanted = rng.poisson(expected_cells(high, wide, phenotype, optics, scale))
 
     # Islands: candidates survive where a smooth random landscape is high.
     grid = ndimage.gaussian_filter(rng.normal(size=(24, 24)), 2.0, mode="wrap")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .actin import draw_actin
-from .cells import Cells, cell_map, place_cells
+from .cells import Cells, cell_map, expected_cells, place_cells
 from .nuclei import draw_nuclei
 from .optics import Optics, photograph
 from .phenotypes import Phenotype
@@ -38,6 +38,49 @@ def draw_field(
         `(3, rows, columns)` uint16 in the order DNA, tubulin, actin, every value a multiple of 16.
     """
     return _draw(rng, image_size, phenotype, optics, scale)[0]
+
+
+def draw_crops(
+    rng: np.random.Generator,
+    phenotype: Phenotype,
+    optics: Optics,
+    count: int,
+    size: int = 68,
+    jitter: float = 4.0,
+) -> np.ndarray:
+    """Draw one field, large enough for about `count` cells, and cut crops around its nuclei.
+
+    Parameters
+    ----------
+    rng : numpy.random.Generator
+        Source of every random number: the same state draws the same crops.
+    phenotype : Phenotype
+    optics : Optics
+    count : int
+        Most crops to return, at least 1.
+    size : int
+        Side of a crop in raw pixels of BBBC021.
+    jitter : float
+        Largest distance in pixels, along either axis, of a crop's middle from its nucleus.
+
+    Returns
+    -------
+    numpy.ndarray
+        `(cells, 3, size, size)` uint16 in the order DNA, tubulin, actin: each crop lies wholly inside the field and is
+        of another cell, in random order. Sparse phenotypes may give fewer than `count` cells, or none.
+    """
+    # Nuclei of complete crops lie in the middle of the field, which is to hold half as many cells again as are wanted.
+    # A population sparser than a quarter of a monolayer would need too large a field: it gives fewer crops.
+    per_pixel = max(expected_cells(1, 1, phenotype, optics), expected_cells(1, 1, Phenotype(density=0.25), Optics()))
+    side = int(np.ceil(np.sqrt(1.5 * count / per_pixel))) + size
+    planes, cells = _draw(rng, (side, side), phenotype, optics, 1.0)
+    order = rng.permutation(len(cells.row))
+    shift = rng.uniform(-jitter, jitter, (len(order), 2))
+    middle = np.stack([cells.nucleus_row, cells.nucleus_column], axis=1)[order] + shift
+    corner = np.rint(middle).astype(int) - size // 2
+    corner = corner[((corner >= 0) & (corner <= side - size)).all(axis=1)][:count]
+    crops = [planes[:, row : row + size, column : column + size] for row, column in corner]
+    return np.stack(crops) if crops else np.empty((0, 3, size, size), np.uint16)
 
 
 def _draw(rng, image_size, phenotype, optics, scale) -> tuple[np.ndarray, Cells]:

@@ -21,6 +21,18 @@ class Optics:
     centre: tuple[float, float] = (0.5, 0.5)  # of the illumination, relative (row, column)
 
 
+def random_optics(rng: np.random.Generator) -> Optics:
+    """Draw a plate's optics: stain and background vary log-normally, focus and the place of the light uniformly."""
+    return Optics(
+        gain=tuple(np.exp(rng.normal(0, 0.35, 3)).tolist()),
+        background=tuple((np.array(Optics.background) * np.exp(rng.normal(0, 0.15, 3))).tolist()),
+        blur=float(rng.uniform(0.6, 1.7)),
+        density=float(np.exp(rng.normal(0, 0.15))),
+        cell_size=float(np.exp(rng.normal(0, 0.06))),
+        centre=tuple(rng.uniform(-0.5, 1.5, 2).tolist()),
+    )
+
+
 def _illumination(image_size, optics: Optics) -> np.ndarray:
     """Smooth light field with maximum 1: brightest at `optics.centre`, darker towards the corners."""
     row = np.linspace(0, 1, image_size[0], dtype=np.float32)[:, None] - optics.centre[0]

@@ -11,6 +11,9 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
+# Numbers of a phenotype that stay below 1 when they are varied.
+SHARES = ("clustering", "rounded", "monopolar", "binucleate", "fragmented", "tubulin_bundling", "nucleus_offset")
+
 
 @dataclass(frozen=True)
 class Phenotype:
@@ -114,3 +117,64 @@ def mechanism_phenotypes() -> dict[str, Phenotype]:
             actin_fibres=1, tubulin_length=0.7,
         ),
     }  # fmt: skip
+
+
+# Lowest value, highest value and unit of every number of a random phenotype: wider than the mechanisms of BBBC021.
+RANGES: dict[str, tuple[float, float, str]] = {
+    "density": (0.25, 1.0, "closed monolayers"),
+    "clustering": (0, 0.97, "share"),
+    "cell_radius": (30, 80, "raw pixels"),
+    "cell_elongation": (1, 3, "long axis per short axis"),
+    "spikes": (0, 0.45, "cell radii"),
+    "rounded": (0, 0.7, "share of cells"),
+    "monopolar": (0, 0.97, "share of rounded cells"),
+    "nucleus_radius": (12, 32, "raw pixels"),
+    "nucleus_elongation": (1, 2, "long axis per short axis"),
+    "nucleus_lobes": (0, 0.35, "nuclear radii"),
+    "nucleus_brightness": (0.5, 2, "of untreated"),
+    "nucleus_texture": (0, 0.4, "of the brightness"),
+    "nucleus_offset": (0, 0.6, "cell radii"),
+    "nucleoli": (0, 10, "per nucleus"),
+    "nucleolus_radius": (1.5, 8, "raw pixels"),
+    "binucleate": (0, 0.5, "share of cells"),
+    "fragmented": (0, 0.8, "share of cells"),
+    "fragments": (2, 10, "per fragmented nucleus"),
+    "actin_body": (0.4, 2, "of untreated"),
+    "actin_edge": (0.15, 3, "of untreated"),
+    "actin_fibres": (0, 24, "per cell"),
+    "actin_puncta": (0, 20, "per cell"),
+    "actin_puncta_radius": (1, 4, "raw pixels"),
+    "tubulin_diffuse": (0.3, 3, "of untreated"),
+    "tubulin_filaments": (8, 300, "per cell"),
+    "tubulin_length": (0.2, 1, "of the way from nucleus to edge"),
+    "tubulin_swirl": (0.1, 3, "radians"),
+    "tubulin_bundling": (0, 0.97, "share of filaments"),
+    "tubulin_perinuclear": (0, 3, "brightness relative to other tubulin"),
+    "variability": (0.03, 0.3, "log sd"),
+}
+
+
+def random_phenotype(rng: np.random.Generator) -> Phenotype:
+    """Draw every number independently from its range in `RANGES`, so that no mechanism is behind the phenotype.
+
+    Numbers whose lowest value is above 0 are uniform on a log scale, since their ratios count; the others are uniform.
+    """
+    return Phenotype(
+        **{
+            name: float(np.exp(rng.uniform(np.log(low), np.log(high))) if low > 0 else rng.uniform(low, high))
+            for name, (low, high, _) in RANGES.items()
+        }
+    )
+
+
+def mechanism_blend(rng: np.random.Generator) -> Phenotype:
+    """Draw two mechanisms of BBBC021 and blend untreated cells with both, at random strengths, with some variation.
+
+    Shares are at most 0.97 and the density is 0.25 to 1, so that the cells of the phenotype can be drawn.
+    """
+    known = list(mechanism_phenotypes().values())
+    first, second = rng.choice(len(known), 2, replace=False)
+    blend = Phenotype().blend(known[first], rng.uniform(0, 1) ** 0.7).blend(known[second], rng.uniform(0, 0.6))
+    blend = blend.vary(rng, 0.25)
+    shares = {name: min(getattr(blend, name), 0.97) for name in SHARES}
+    return replace(blend, **shares, density=float(np.clip(blend.density, 0.25, 1.0)))
