@@ -44,6 +44,8 @@ def render_report(runs: Sequence[Run], window: Sequence[float] | None = None) ->
         First and last epoch over which scores during training are averaged; the last quarter if not given.
     """
     names = [run.name for run in runs]
+    for run in runs:
+        run.prefix = f"{run.name}: " if len(runs) > 1 else ""
     page = TEMPLATES.get_template("page.html").render(
         runs=runs,
         title=" and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names),

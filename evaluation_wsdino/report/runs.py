@@ -19,10 +19,11 @@ class Run:
     """One run folder's content. Pictures and thumbnails are data URIs."""
 
     name: str
-    results: dict
+    results: dict  # as of `RunFolder.results`
     metrics: dict[str, list[dict]]  # of each channel, and of "all channels" together
     pictures: dict[str, list] = field(default_factory=dict)  # of each sheet, its groups: title, [(caption, picture)]
     thumbnails: dict[str, str] = field(default_factory=dict)  # of each treatment
+    prefix: str = ""  # of what the page says of this run, "name: " beside other runs
 
     @property
     def headline(self) -> str:

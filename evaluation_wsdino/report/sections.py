@@ -15,19 +15,20 @@ from .runs import Run
 
 PREFIXES = ("nsc", "nscb")
 SCORE_HEAD = ("NSC, 95\u00a0% interval", "NSCB, 95\u00a0% interval")
-# Title of a chart, its fields in metrics.jsonl with their label and whether their line is dashed, and whether the
-# values are shares.
-MONITORS = (
-    ("Loss", (("loss", "", False),), False),
-    ("Entropy of the teacher: of each target (solid), of their mean (dashed)", (
-        ("teacher_entropy", "each target", False), ("mean_entropy", "their mean", True)), False),
-    ("KL divergence from teacher to student", (("kl", "", False),), False),
-    ("Dimensions in use (participation ratio)", (("participation_ratio", "", False),), False),
-    ("Learning rate", (("lr", "", False),), False),
-    ("Image pairs per second", (("pairs_per_second", "", False),), False),
-    ("NSC during training", (("nsc", "", False),), True),
-    ("NSCB during training", (("nscb", "", False),), True),
-)  # fmt: skip
+# Title of a chart, and its fields in metrics.jsonl with their labels; the line of a second field is dashed.
+MONITORS = {
+    "Loss": {"loss": ""},
+    "Entropy of the teacher: of each target (solid), of their mean (dashed)": {
+        "teacher_entropy": ", each target",
+        "mean_entropy": ", their mean",
+    },
+    "KL divergence from teacher to student": {"kl": ""},
+    "Dimensions in use (participation ratio)": {"participation_ratio": ""},
+    "Learning rate": {"lr": ""},
+    "Image pairs per second": {"pairs_per_second": ""},
+    "NSC during training": {"nsc": ""},
+    "NSCB during training": {"nscb": ""},
+}
 
 
 class Cell(NamedTuple):
@@ -63,11 +64,7 @@ def by_channel(names: Iterable[str]) -> list[str]:
 
 def entries(runs: Sequence[Run]) -> list[tuple[Run, str, str, dict]]:
     """(run, title, set, scores) of every profile set of every run."""
-    return [
-        (run, f"{run.name}: {name}" if len(runs) > 1 else name, name, run.results["sets"][name])
-        for run in runs
-        for name in run.set_names
-    ]
+    return [(run, f"{run.prefix}{name}", name, run.results["sets"][name]) for run in runs for name in run.set_names]
 
 
 def share(scores: dict, prefix: str) -> str:
@@ -122,8 +119,7 @@ def held_out_table(runs: Sequence[Run]) -> Table:
         part = run.scores.get("held_out")
         if part:
             counts = [cell(f"{part[f'{prefix}_correct']}/{part[f'{prefix}_total']}") for prefix in PREFIXES]
-            compounds = ", ".join(part["compounds"])
-            rows.append(("", f"{run.name}: {compounds}" if len(runs) > 1 else compounds, "", counts))
+            rows.append(("", run.prefix + ", ".join(part["compounds"]), "", counts))
             total.update({key: value for key, value in part.items() if key != "compounds"})
     if len(rows) > 1:
         for prefix in PREFIXES:
@@ -141,7 +137,7 @@ def comparison_tables(runs: Sequence[Run]) -> tuple[Table, Table]:
         for run in runs[1:]
     ]
     within = [
-        (f"{f'{run.name}: ' if len(runs) > 1 else ''}{one['second']} against {one['first']}", one)
+        (f"{run.prefix}{one['second']} against {one['first']}", one)
         for run in runs
         for one in run.results["comparisons"]
     ]
@@ -207,13 +203,13 @@ def training_charts(runs: Sequence[Run]) -> Iterator[tuple[str, list[dict]]]:
         groups = [("", [(channel, runs[0].metrics[channel]) for channel in channels])]
     for heading, sources in groups:
         charts = []
-        for title, fields, is_share in MONITORS:
+        for title, fields in MONITORS.items():
             series = []
             for index, (name, lines) in enumerate(sources):
-                for key, label, dashed in fields:
+                for number_of_field, (key, label) in enumerate(fields.items()):
                     points = [(line["step"], line[key]) for line in lines if _is_number(line, key)]
-                    series.append((f"{name}, {label}" if label else name, points, colour(index), dashed))
-            charts.append(line_chart(title, series, share=is_share))
+                    series.append((name + label, points, colour(index), number_of_field > 0))
+            charts.append(line_chart(title, series, share=set(fields) <= set(PREFIXES)))
         yield heading, [chart for chart in charts if chart]
 
 
@@ -259,10 +255,7 @@ def epoch_table(runs: Sequence[Run], window: Sequence[float] | None) -> Table:
 def mechanism_bars(runs: Sequence[Run]) -> tuple[list[dict], list]:
     """The legend, and for each mechanism its bars: (share, text, colour), NSC of every run before NSCB."""
     sources = [(p, run, colour(2 * index + (p == "nscb"))) for p in PREFIXES for index, run in enumerate(runs)]
-    legend = [
-        {"label": f"{run.name}, {p.upper()}" if len(runs) > 1 else p.upper(), "colour": tint, "dashed": False}
-        for p, run, tint in sources
-    ]
+    legend = [{"label": f"{run.prefix}{p.upper()}", "colour": tint, "dashed": False} for p, run, tint in sources]
     rows = []
     for moa in sorted({moa for run in runs for moa in run.scores["moas"]}):
         parts = [(run.scores[f"{p}_per_moa"].get(moa), tint) for p, run, tint in sources]
@@ -299,7 +292,7 @@ def picture_sheets(runs: Sequence[Run]) -> Iterator[tuple[str, list]]:
                 if next(prefix for prefix in titles if stem.startswith(prefix)) == kind
             }
             for channel in by_channel(own):
-                yield f"{f'{run.name}, ' if len(runs) > 1 else ''}{title}{channel}", own[channel]
+                yield f"{run.prefix}{title}{channel}", own[channel]
 
 
 def flatten(value: object, prefix: str = "") -> dict[str, str]:
