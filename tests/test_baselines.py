@@ -84,3 +84,22 @@ def test_turning_and_mirroring_a_field_changes_nothing():
     expected = nuclear_features(plane, 10_000)
     for other in (plane.T, plane[::-1], plane[:, ::-1]):
         np.testing.assert_allclose(nuclear_features(other, 10_000), expected, rtol=0.02, atol=1e-3)
+
+
+def test_nuclei_are_measured_as_one_by_one():
+    """Areas, moments and brightness against a plain loop over the nuclei."""
+    scaled = draw([(30, 40, 7, 12), (90, 60, 9, 9), (100, 75, 9, 9), (120, 150, 12, 7), (60, 150, 5, 9)]) / 10_000.0
+    labels = label_nuclei(scaled)
+    areas, eccentricities, brightness, spreads = [], [], [], []
+    for number in range(1, labels.max() + 1):
+        pixels = np.argwhere(labels == number)
+        moments = np.cov(pixels.T, bias=True) + np.eye(2) / 12  # a pixel is a square, not a point
+        small, large = np.linalg.eigvalsh(moments)
+        areas.append(len(pixels))
+        eccentricities.append(math.sqrt(1 - small / large))
+        brightness.append(scaled[labels == number].mean())
+        spreads.append(scaled[labels == number].std())
+    expected = [len(areas), sum(areas) / scaled.size, *np.percentile(areas, [25, 50, 75])]
+    expected += [np.mean(eccentricities), np.std(eccentricities), np.median(brightness), np.std(brightness)]
+    expected[7] -= np.median(scaled[labels == 0])
+    np.testing.assert_allclose(nuclear_features(scaled * 10_000, 10_000), [*expected, np.mean(spreads)], rtol=1e-5)
