@@ -22,7 +22,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, replace
-from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,7 +30,7 @@ import pandas as pd
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import gather_object, parse_flag_from_env, set_seed
+from accelerate.utils import gather_object, set_seed
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
@@ -41,22 +40,14 @@ from transformers.utils.logging import disable_progress_bar
 
 from dataset_scripts import (
     Planes,
-    ScreenError,
     build_dataset,
     metadata_table,
     open_fields,
     open_planes,
     simulate_screen,
 )
-from evaluation_wsdino import ProfileError
 from evaluation_wsdino.evaluate_profiles import collapse_verdict, evaluate_set
-from extract_profiles import (
-    Options,
-    network_stream,
-    on_main_process,
-    refuse_missing_processes,
-)
-from modeling_wsdino import WSDinoConfig, WSDinoImageProcessor, WSDinoModel
+from modeling_wsdino import WSDinoConfig, WSDinoFeatureExtractionPipeline, WSDinoImageProcessor, WSDinoModel
 from modeling_wsdino.build_repository import build_combined_repository, build_repository
 from modeling_wsdino.convert_checkpoint import load_backbone
 from pretraining_wsdino import (
@@ -81,6 +72,8 @@ from pretraining_wsdino import (
     update_teacher,
     whiten_patch_embedding,
 )
+from wsdino.errors import UserError
+from wsdino.launch import on_main_process, start_processes
 
 SIMULATED_DEMO = Path("data/simulated_demo")
 # What a run that was killed, or refused, before it began leaves in its folder.
@@ -110,14 +103,13 @@ def parse_arguments(argv: list[str] | None) -> tuple[HfArgumentParser, TrainingA
 
 def check_launch(arguments: TrainingArguments) -> None:
     """Refuse a launch that would silently run fewer processes than asked, or in a precision the machine lacks."""
-    refuse_missing_processes("train_accelerate.py")
+    # While one process downloads a dataset, caches planes or evaluates, the others wait for hours rather than fail.
+    state = start_processes("train_accelerate.py")
     trackers = ["all", *map(str, get_available_trackers())]
     for name in arguments.trackers:
         if name not in trackers:
             known = ", ".join(trackers)
             raise TrainingError(f"--trackers {name} is no installed tracker: install it, or use one of {known}.")
-    # While one process downloads a dataset, caches planes or evaluates, the others wait for hours rather than fail.
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(days=1))
     on_gpu = state.device.type == "cuda"
     if arguments.mixed_precision == "bf16" and not (on_gpu or torch.cpu._is_avx512_bf16_supported()):
         raise TrainingError(
@@ -789,9 +781,12 @@ class ChannelRun:
 
         def evaluate() -> None:
             planes, backbone = self.evaluated[1], self.accelerator.unwrap_model(self.teacher).backbone
-            options = Options(self.arguments.batch_size, device=self.accelerator.device)
-            stream = network_stream(backbone, self._image_processor(), planes, options)
-            features = np.stack(list(tqdm(stream, total=len(planes), desc=f"evaluate {self.channel}", unit="field")))
+            extract = WSDinoFeatureExtractionPipeline(
+                model=backbone.eval(), image_processor=self._image_processor(), device=self.accelerator.device
+            )
+            stream = extract((plane for plane in planes), batch_size=self.arguments.batch_size, return_tensors=True)
+            stream = tqdm(stream, total=len(planes), desc=f"evaluate {self.channel}", unit="field")
+            features = np.stack([row.numpy() for row in stream])
             scores = self._scores(features)
             wanted = ("nsc", "nscb", "nsc_correct", "nsc_total", "nscb_correct", "nscb_total")
             line = {
@@ -934,7 +929,7 @@ def main(argv: list[str] | None = None) -> None:
     disable_progress_bar()  # of reading and writing a model's file, which is no work to wait for
     try:
         finished = train(arguments)
-    except (TrainingError, ScreenError, ProfileError) as error:
+    except UserError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     except OSError as error:
         if error.errno not in UNWRITABLE:

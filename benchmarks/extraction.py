@@ -120,17 +120,17 @@ MEASURED = """
 import json, sys
 from pathlib import Path
 import extract_profiles
-from evaluation_wsdino.shards import ProfileFile
+from evaluation_wsdino.profile_file import ProfileFile
 
-write = ProfileFile.write_shard
+write = ProfileFile.write
 
-def measured(self, channel, first, features):
-    write(self, channel, first, features)
+def measured(self, channel, rows, features):
+    write(self, channel, rows, features)
     lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     own, mapped, most = (round(int(lines[kind].split()[0]) / 1024) for kind in ("RssAnon", "RssFile", "VmHWM"))
-    print(json.dumps({"fields": first + len(features), "own_mib": own, "mapped_mib": mapped, "most_mib": most}))
+    print(json.dumps({"fields": rows.stop, "own_mib": own, "mapped_mib": mapped, "most_mib": most}))
 
-ProfileFile.write_shard = measured
+ProfileFile.write = measured
 extract_profiles.main(sys.argv[1:])
 """
 
@@ -152,7 +152,16 @@ def measure_memory(fields: int, batch_size: int) -> list[dict]:
         config = WSDinoConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32)
         config.channel_names = ["dna"]
         build_repository(model, WSDinoModel(config), WSDinoImageProcessor(tile_size=32))
-        words = ["--model", model, "--dataset", screen, "--parts", "default", "--output", f"{folder}/profiles.parquet"]
+        words = [
+            "--model",
+            model,
+            "--dataset",
+            screen,
+            "--subsets",
+            "default",
+            "--output",
+            f"{folder}/profiles.parquet",
+        ]
         words += ["--batch_size", batch_size, "--shard_fields", max(1, fields // 10)]
         command = [sys.executable, "-c", MEASURED, *map(str, words)]
         done = subprocess.run(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, text=True, check=True)

@@ -80,7 +80,7 @@ MEASURES = {
     "nscb": ("NSCB", lambda entry: entry["nscb"]),
     "map": ("mAP", lambda entry: entry.get("retrieval", {}).get("moa", {}).get("map")),
 }
-BASELINES = ("intensity", "count", "untrained", "initial")  # what no training changes
+BASELINES = ("intensity", "nuclei", "untrained", "initial")  # what no training changes
 # Fixed before any run, reported whatever they show.
 CONTROLS = {
     "shuffled": ["--weak_label", "shuffled"],  # compound labels dealt to the wrong fields: no gain expected

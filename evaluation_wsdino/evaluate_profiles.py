@@ -58,7 +58,7 @@ from .profiles import (
 from .uncertainty import bootstrap_interval, compare_paired, permutation_null, wilson_interval
 
 # The order in which sets are shown; others follow by name.
-SETS = ("untrained", "intensity", "count", "initial", "trained")
+SETS = ("untrained", "intensity", "nuclei", "count", "initial", "trained")
 # Numbers (fields x features) up to which a set is scored on one thread; BBBC021 at the paper's size has 4 million.
 # More threads gain nothing there (fitting TVN to 1320 x 384: 80 ms on 1, 2 or 4), and where cores are busy they wait
 # for one another: t-SNE of 103 treatments took 0.4 s on one thread and 66 s on four of four busy cores.

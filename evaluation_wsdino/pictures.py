@@ -1,6 +1,6 @@
-"""Pictures a biologist would rather look at than numbers: example fields, and where a network's attention goes.
+"""Pictures for readers who would rather look than compare numbers: example fields, and what a network attends to.
 
-A sheet carries its titles twice: drawn above its pictures, for whoever opens the file, and with the place of each as
+A sheet carries its titles twice: drawn above its pictures, for the file itself, and with the place of each picture as
 JSON in the PNG's own text (`save_sheet`, `read_sheet`), for a page that sets them as text of its own.
 """
 
@@ -8,8 +8,11 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
+
+from wsdino.files import written_whole
 
 TEXT_HEIGHT = 18
 GAP = 6
@@ -17,15 +20,41 @@ BACKGROUND = (255, 255, 255)
 SHEET_KEY = "wsdino_sheet"
 
 
+def choose_examples(metadata: pd.DataFrame, count: int = 8) -> dict[int, str]:
+    """Row numbers of up to `count` fields that show a screen, with their titles.
+
+    Parameters
+    ----------
+    metadata : pandas.DataFrame
+        `Metadata_*` columns, one row per field. Where they name mechanisms, treatments and concentrations, the first
+        DMSO field and the highest concentration of each mechanism are chosen; otherwise fields at equal distances.
+    """
+    needed = ["Metadata_MOA", "Metadata_Treatment", "Metadata_Concentration"]
+    if not set(needed) <= set(metadata):
+        rows = np.linspace(0, len(metadata) - 1, count).round().astype(int).tolist()
+        return {row: f"field {row}" for row in rows}
+    moa, treatment = metadata["Metadata_MOA"], metadata["Metadata_Treatment"]
+    controls = metadata.index[moa == "DMSO"][:1].tolist()
+    treated = metadata[(moa != "DMSO") & (moa != "")].sort_values("Metadata_Concentration", kind="stable")
+    strongest = treated.groupby("Metadata_MOA").tail(1).sort_values("Metadata_MOA")
+    rows = controls + strongest.index[: count - len(controls)].tolist()
+    return {row: f"{moa[row]}: {treatment[row]}" for row in rows}
+
+
 def draw_fields(fields: list[np.ndarray], titles: list[str], columns: int = 4, width: int = 320) -> Image.Image:
     """Fields in a grid, each under its title.
 
-    Args:
-        fields: `(height, width)` arrays in [0, 1], all of one shape; shown with the square root of intensity, so that
-            dim structures are seen beside bright ones.
-        titles: one a field.
-        columns: fields a row.
-        width: of one field in pixels of the picture.
+    Parameters
+    ----------
+    fields : list of (height, width) arrays
+        Intensities in [0, 1], all of one shape; shown with their square root, so that dim structures are seen beside
+        bright ones.
+    titles : list of str
+        One per field.
+    columns : int
+        Fields per row.
+    width : int
+        Of one field in pixels of the picture.
     """
     sheet, boxes = _grid([_gray(field, width) for field in fields], titles, columns)
     cells = [{"title": title, "box": box} for title, box in zip(titles, boxes, strict=True)]
@@ -36,13 +65,20 @@ def draw_fields(fields: list[np.ndarray], titles: list[str], columns: int = 4, w
 def draw_attention(
     tiles: np.ndarray, maps: np.ndarray, masks: np.ndarray, titles: list[str], width: int = 200
 ) -> Image.Image:
-    """One row a tile: the tile, its thresholded attention mass, the heads' mean, and every head.
+    """One row per tile: the tile, the patches that hold most of the attention, the heads' mean, and every head.
 
-    Args:
-        tiles: `(n, height, width)` in [0, 1].
-        maps: `(n, heads, h, w)` attention of the CLS token to each patch.
-        masks: `(n, h, w)` bool, the patches that hold most of the mean attention.
-        titles: one a tile.
+    Parameters
+    ----------
+    tiles : (n, height, width) array
+        Intensities in [0, 1].
+    maps : (n, heads, h, w) array
+        Attention of the CLS token to each patch.
+    masks : (n, h, w) bool array
+        The patches that hold most of the mean attention.
+    titles : list of str
+        One per tile.
+    width : int
+        Of one tile in pixels of the picture.
     """
     cells, names = [], []
     for tile, heads, mask, title in zip(tiles, maps, masks, titles, strict=True):
@@ -67,21 +103,25 @@ def draw_attention(
 
 
 def save_sheet(sheet: Image.Image, path: Path) -> None:
-    """Write a sheet as PNG with the titles and places of its pictures; beside first, then renamed."""
+    """Write a sheet as PNG, with the titles and places of its pictures."""
     text = PngInfo()
     text.add_itxt(SHEET_KEY, json.dumps(sheet.info["groups"]))
-    partial = path.with_name(path.name + ".partial")
-    sheet.save(partial, format="PNG", pnginfo=text)
-    partial.replace(path)
+    with written_whole(path) as partial:
+        sheet.save(partial, format="PNG", pnginfo=text)
 
 
 def read_sheet(path: Path) -> list[tuple[str, list[tuple[str, Image.Image]]]]:
-    """The groups of a sheet: their titles, and title and picture of each member.
+    """The pictures of a sheet.
 
-    A picture without such places, of whatever origin, is one group of one picture without titles.
+    Returns
+    -------
+    list of (title, list of (title, picture))
+        Groups of pictures; a PNG without such places, of any origin, is one group of one picture without titles.
 
-    Raises:
-        OSError: the file is no picture that can be read.
+    Raises
+    ------
+    OSError
+        The file cannot be read as a picture.
     """
     with Image.open(path) as image:
         image.load()

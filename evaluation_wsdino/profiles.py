@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from wsdino.errors import UserError
+
 CONTROL = "DMSO"
 _NEEDED = ("Metadata_Plate", "Metadata_Compound", "Metadata_Treatment")
 _WHOLE = ("Metadata_Batch", "Metadata_Well", "Metadata_Site")  # a screen names them for all fields or for none
 
 
-class ProfileError(ValueError):
+class ProfileError(UserError):
     """A profile table, run folder or option of the evaluation that cannot be used; one sentence says the mend."""
 
 

@@ -116,8 +116,10 @@ def load_backbone(source: str | Path, *, network: str | None = None, **config_kw
     return WSDinoModel.from_dino_state_dict(vit_to_dino(state), name=str(source), **config_kwargs)
 
 
-def load_image_processor(source: str | Path, model: WSDinoPreTrainedModel) -> WSDinoImageProcessor:
+def load_image_processor(source: str | Path, model: WSDinoPreTrainedModel | None = None) -> WSDinoImageProcessor:
     """The image processor of a WS-DINO repository; for networks of other layouts, four tiles of the size they know.
+
+    The model itself is needed for these alone.
 
     Raises
     ------
@@ -125,7 +127,7 @@ def load_image_processor(source: str | Path, model: WSDinoPreTrainedModel) -> WS
         If a WS-DINO repository's cannot be read, or it is not certain that another has none: other tiles would give
         other features.
     """
-    default = WSDinoImageProcessor(tile_size=model.config.image_size)
+    default = WSDinoImageProcessor(**({"tile_size": model.config.image_size} if model is not None else {}))
     if Path(source).is_file():
         return default
     own_layout = _read_config(source).get("model_type") == "wsdino"

@@ -4,11 +4,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
+from wsdino.errors import UserError
+
 # What a partner differs in, from anything goes to the strictest.
 CONSTRAINTS = ("none", "image", "well", "plate", "batch")
 
 
-class TrainingError(ValueError):
+class TrainingError(UserError):
     """A setting or an input that training cannot use; the message names it and says the mend."""
 
 

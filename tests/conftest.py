@@ -29,3 +29,11 @@ def tiny_screen(tiny_raw):
     folder = tiny_raw.with_name("built")
     build_dataset(tiny_raw, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def random_run(tiny_screen, tmp_path_factory):
+    """A run folder of that screen with random networks, for tests of extraction, which work on copies."""
+    from extraction_run import make_run
+
+    return make_run(tmp_path_factory.mktemp("extraction") / "run", tiny_screen)

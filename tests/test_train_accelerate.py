@@ -661,7 +661,7 @@ def test_the_whole_way_through_real_commands(tmp_path):
         assert done.returncode == 0, f"{words}: {done.stderr}"
     assert lines(run, "actin")[1]["step"] == 2 and lines(run, "actin")[-1]["epoch"] == 1.0
     tables = {path.stem: pd.read_parquet(path) for path in (run / "profiles").glob("*.parquet")}
-    assert set(tables) == {"trained", "untrained", "initial", "intensity", "count"}
+    assert set(tables) == {"trained", "untrained", "initial", "intensity", "nuclei"}
     for name, width in (("trained", 96), ("untrained", 96), ("intensity", 33)):
         features = [column for column in tables[name] if not column.startswith("Metadata_")]
         assert len(features) == width and tables[name][features].notna().all().all()
