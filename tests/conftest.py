@@ -1,7 +1,9 @@
-"""Fixtures that several rooms' tests share: one tiny simulated screen, raw and built."""
+"""What several rooms' tests share: a tiny simulated screen, a finished run on it, and a command that is refused."""
 
 import os
+import shutil
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +11,13 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
 _HOME = tempfile.TemporaryDirectory(prefix="wsdino-tests-")
 os.environ["HF_HOME"] = _HOME.name
+
+# The flags of a network and a training of one step on the tiny screen.
+SMALL = (
+    "--channels dna --hidden_size 32 --num_hidden_layers 2 --num_attention_heads 2 --batch_size 4 --tile_size 32 "
+    "--global_crop_size 32 --local_crop_size 16 --local_crops 3 --num_prototypes 64 --head_hidden_dim 32 "
+    "--head_bottleneck_dim 16 --max_steps 1"
+).split()
 
 
 @pytest.fixture(scope="session")
@@ -37,3 +46,46 @@ def random_run(tiny_screen, tmp_path_factory):
     from extraction_run import make_run
 
     return make_run(tmp_path_factory.mktemp("extraction") / "run", tiny_screen)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tiny_screen, tmp_path_factory):
+    """A run of one step on the tiny screen, extracted and evaluated; only to be read."""
+    import extract_profiles
+    import train_accelerate
+    from evaluation_wsdino import evaluate_profiles
+
+    run = tmp_path_factory.mktemp("finished") / "run"
+    train_accelerate.main(["--dataset", str(tiny_screen), "--output_dir", str(run), *SMALL])
+    extract_profiles.main([str(run), "--sets", "trained"])
+    evaluate_profiles.main([str(run)])
+    return run
+
+
+@pytest.fixture
+def run(finished_run, tmp_path):
+    """A copy of that run to damage."""
+    return Path(shutil.copytree(finished_run, tmp_path / "run"))
+
+
+def outputs(folder):
+    """Every file and its content, by which nothing half-written goes unseen."""
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def refused(tmp_path, capsys):
+    """Run a command that must end with one sentence and status 2, and that must leave the test's folder as it is."""
+
+    def run(main, *words, named):
+        before = outputs(tmp_path)
+        with pytest.raises(SystemExit) as ended:
+            main([str(word) for word in words])
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and "Traceback" not in said
+        last = said.strip().splitlines()[-1]
+        assert "error:" in last and str(named) in last, last
+        assert outputs(tmp_path) == before
+        return last
+
+    return run
