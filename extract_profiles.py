@@ -46,7 +46,7 @@ from modeling_wsdino import (
 from modeling_wsdino.run_networks import RunNetworks, choose_channels, load_towers
 from wsdino.errors import UserError, command, first_line
 from wsdino.launch import on_main_process, start_processes, usable_cores
-from wsdino.run_folder import OLD_NAMES, PROFILE_SETS, RunFolder
+from wsdino.run_folder import PROFILE_SETS, RENAMED_SETS, RunFolder
 from wsdino.settings import parse_settings, setting
 
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -353,7 +353,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.stderr.write(
             "wsdino-extract: the set count is now called nuclei; the old name goes with the next release.\n"
         )
-        settings.sets = [OLD_NAMES.get(name, name) for name in settings.sets]
+        settings.sets = [RENAMED_SETS.get(name, name) for name in settings.sets]
     check_flags(settings)
     disable_progress_bar()  # of loading a file's weights, which takes no time worth showing
     state = start_processes("extract_profiles.py")
