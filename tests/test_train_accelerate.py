@@ -27,6 +27,7 @@ from transformers import AutoModel
 
 import train_accelerate
 from dataset_scripts import open_fields
+from wsdino import launch
 
 ROOT = Path(__file__).parents[1]
 # A network and crops small enough for the tiny screen's 64 x 80 planes.
@@ -371,8 +372,8 @@ def test_networks_are_freed_before_the_process_group_ends(tiny_screen, tmp_path,
 
 def test_processes_wait_for_one_that_works_for_hours(monkeypatch):
     asked = {}
-    state = train_accelerate.PartialState()
-    monkeypatch.setattr(train_accelerate, "PartialState", lambda **given: asked.update(given) or state)
+    state = launch.PartialState()
+    monkeypatch.setattr(launch, "PartialState", lambda **given: asked.update(given) or state)
     train_accelerate.check_launch(train_accelerate.TrainingArguments())
     assert asked["timeout"].days == 1
 
