@@ -1,15 +1,18 @@
 """Build complete Hub repository folders: weights, configs and the code that runs them, loadable without this package.
 
-This file stays at home; the four others of this package travel with every model.
+Not shipped with models; the `*_wsdino.py` files of this package are.
 """
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from wsdino.errors import UserError
+from wsdino.files import claim_folder, write_json, write_text, written_whole
 
 from .configuration_wsdino import WSDinoConfig
 from .image_processing_wsdino import WSDinoImageProcessor
@@ -17,10 +20,17 @@ from .modeling_wsdino import WSDinoModel, WSDinoMultiChannelModel
 
 SHIPPED_FILES = (
     "configuration_wsdino.py",
+    "layers_wsdino.py",
     "modeling_wsdino.py",
     "image_processing_wsdino.py",
     "pipeline_wsdino.py",
 )
+# What towers must share to become one model, and what their image processors must.
+SHAPE = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "patch_size", "image_size"),
+    *("patch_embedding", "layer_norm_eps", "qkv_bias"),
+)
+TILES = ("tiles", "tile_size", "tile_grid", "max_intensity", "intensity_scale", "symmetries")
 
 
 def build_repository(
@@ -30,10 +40,10 @@ def build_repository(
     *,
     card: str | None = None,
 ) -> Path:
-    """Write a repository folder for one model.
+    """Write a repository folder for one model, whole or not at all.
 
     `save_pretrained` alone leaves the code files out; the folder written here is complete: uploaded as it is, it makes
-    a working Hub repository. It is written beside (`<folder>.partial`) and renamed, so a folder of this name is whole.
+    a working Hub repository.
 
     Parameters
     ----------
@@ -49,53 +59,38 @@ def build_repository(
     Returns
     -------
     Path
-        The folder, with `config.json`, `model.safetensors`, `preprocessor_config.json`, four `.py` files and the card.
+        The folder, with `config.json`, `model.safetensors`, `preprocessor_config.json`, the code and the card.
 
     Raises
     ------
-    ValueError
-        If something else stands in the folder, or the tiles do not divide into the model's patches.
+    UserError
+        The folder holds something else, or the tiles do not divide into the model's patches.
     """
     folder = Path(folder)
-    if folder.exists() and not _is_repository(folder):
-        raise ValueError(f"{folder} holds something other than a WS-DINO repository: name another folder or empty it.")
-    if image_processor.tile_size % model.config.patch_size:
-        raise ValueError(
-            f"tile_size {image_processor.tile_size} is not a multiple of the model's patch_size "
-            f"{model.config.patch_size}: "
-            "choose a tile size that divides into patches."
-        )
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    model.save_pretrained(partial)
-    # The classes' names are written out rather than taken from the objects, whose modules differ when a model itself
-    # was loaded from a repository.
+    claim_folder(folder, "configuration_wsdino.py", "WS-DINO repository")
+    check_tile_size(image_processor.tile_size, model.config)
+    # The classes are named here: a model that was itself loaded from a repository has a class of another module.
     code = {
         "AutoConfig": "configuration_wsdino.WSDinoConfig",
         "AutoModel": f"modeling_wsdino.{type(model).__name__}",
         "AutoImageProcessor": "image_processing_wsdino.WSDinoImageProcessor",
     }
-    config = json.loads((partial / "config.json").read_text())
-    config["auto_map"] = {key: code[key] for key in ("AutoConfig", "AutoModel")}
     # The Hub's page of a model shows its code with the card's task, image-feature-extraction, whose stock pipeline
     # would turn every image into 8-bit RGB.
     own = {"impl": "pipeline_wsdino.WSDinoFeatureExtractionPipeline", "pt": ["AutoModel"], "type": "image"}
-    config["custom_pipelines"] = {task: own for task in ("feature-extraction", "image-feature-extraction")}
-    processor = image_processor.to_dict() | {"channel_names": list(model.config.channel_names)}
-    processor["auto_map"] = {"AutoImageProcessor": code["AutoImageProcessor"]}
-    _write_json(partial / "config.json", config)
-    _write_json(partial / "preprocessor_config.json", processor)
-    for name in SHIPPED_FILES:
-        shutil.copyfile(Path(__file__).with_name(name), partial / name)
-    if card is not None:
-        (partial / "README.md").write_text(card, encoding="utf-8")
-    replaced = folder.with_name(folder.name + ".replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if folder.exists():
-        folder.rename(replaced)
-    partial.rename(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
+    with written_whole(folder) as partial:
+        model.save_pretrained(partial)
+        config = json.loads((partial / "config.json").read_text(encoding="utf-8"))
+        config["auto_map"] = {key: code[key] for key in ("AutoConfig", "AutoModel")}
+        config["custom_pipelines"] = {task: own for task in ("feature-extraction", "image-feature-extraction")}
+        write_json(partial / "config.json", config)
+        processor = image_processor.to_dict() | {"channel_names": list(model.config.channel_names)}
+        processor["auto_map"] = {"AutoImageProcessor": code["AutoImageProcessor"]}
+        write_json(partial / "preprocessor_config.json", processor)
+        for name in SHIPPED_FILES:
+            shutil.copyfile(Path(__file__).with_name(name), partial / name)
+        if card is not None:
+            write_text(partial / "README.md", card)
     return folder
 
 
@@ -106,7 +101,7 @@ def build_combined_repository(
     *,
     card: str | None = None,
 ) -> Path:
-    """Write the repository of the combined model, one tower a channel.
+    """Write the repository of the combined model, one tower per channel.
 
     Parameters
     ----------
@@ -121,73 +116,42 @@ def build_combined_repository(
 
     Raises
     ------
-    ValueError
-        If the towers differ in shape or in how their fields become tiles, or none of them says how.
+    UserError
+        The towers differ in shape or in how their fields become tiles, or none of them says how.
     """
-    if not towers:
-        raise ValueError("no towers were given: name at least one channel.")
-    models = {
-        channel: WSDinoModel.from_pretrained(tower) if isinstance(tower, str | Path) else tower
-        for channel, tower in towers.items()
-    }
+    folders = {channel: tower for channel, tower in towers.items() if isinstance(tower, str | Path)}
+    if not folders and image_processor is None:
+        raise UserError("No folder of a tower says how fields become tiles: give an image_processor.")
+    models = dict(towers) | {channel: WSDinoModel.from_pretrained(tower) for channel, tower in folders.items()}
     if image_processor is None:
-        image_processor = _common_image_processor(towers)
-    shape_names = (
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "mlp_ratio",
-        "patch_size",
-        "image_size",
-        "patch_embedding",
-        "layer_norm_eps",
-        "qkv_bias",
-    )
+        processors = {channel: WSDinoImageProcessor.from_pretrained(tower) for channel, tower in folders.items()}
+        common = _common_values(processors, TILES, "give an image_processor that suits them all")
+        image_processor = WSDinoImageProcessor(**common)
     configs = {channel: model.config for channel, model in models.items()}
-    shape = _common_values(configs, shape_names, "combine towers of one shape.")
+    shape = _common_values(configs, SHAPE, "combine towers of one shape")
     combined = WSDinoMultiChannelModel(WSDinoConfig(**shape, channel_names=list(models)))
     for channel, model in models.items():
         combined.towers[channel].load_state_dict(model.state_dict())
     return build_repository(folder, combined.eval(), image_processor, card=card)
 
 
-def _common_image_processor(towers: Mapping[str, str | Path | WSDinoModel]) -> WSDinoImageProcessor:
-    """The image processor of all towers' repositories; refuses towers that cut or scale fields in different ways."""
-    processors = {
-        channel: WSDinoImageProcessor.from_pretrained(tower)
-        for channel, tower in towers.items()
-        if isinstance(tower, str | Path)
-    }
-    if not processors:
-        raise ValueError("models alone do not say how fields become tiles: give an image_processor.")
-    names = ("tiles", "tile_size", "tile_grid", "max_intensity", "intensity_scale", "symmetries")
-    _common_values(processors, names, "the combined model has one, so give an image_processor that suits them all.")
-    return next(iter(processors.values()))
+def check_tile_size(tile_size: int, config: WSDinoConfig) -> None:
+    """Refuse tiles that do not divide into the model's patches."""
+    if tile_size < 1 or tile_size % config.patch_size:
+        raise UserError(
+            f"tile_size {tile_size} is not a multiple of the model's patch_size {config.patch_size}: choose a tile "
+            "size that divides into patches."
+        )
 
 
-def _common_values(owners: Mapping[str, Any], names: Iterable[str], mend: str) -> dict[str, Any]:
-    """The attributes `names` of all channels' `owners`; refuses owners that differ in one, with the mend."""
+def _common_values(owners: Mapping[str, Any], names: tuple[str, ...], fix: str) -> dict[str, Any]:
+    """The attributes `names` of all channels' `owners`; refuses owners that differ in one."""
     (first_channel, first), *_ = owners.items()
     common = {name: getattr(first, name) for name in names}
     for channel, owner in owners.items():
         for name, there in common.items():
             if (here := getattr(owner, name)) != there:
-                raise ValueError(
-                    f"the towers differ: {name} is {here} for {channel} and {there} for {first_channel}; {mend}"
+                raise UserError(
+                    f"The towers differ: {name} is {here} for {channel} and {there} for {first_channel}; {fix}."
                 )
     return common
-
-
-def _is_repository(folder: Path) -> bool:
-    """Whether a folder may be replaced: it is empty or was written by `build_repository`."""
-    if not folder.is_dir():
-        return False
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return not any(folder.iterdir())
-    return isinstance(config, dict) and config.get("model_type") == WSDinoConfig.model_type
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

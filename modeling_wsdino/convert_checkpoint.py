@@ -6,11 +6,10 @@
     wsdino-convert runs/demo/dna/model dna.pth                    # -> original DINO's layout
     wsdino-convert runs/demo/dna/model dna.onnx                   # -> ONNX with a dynamic batch
 
-This file stays at home; it does not travel with a model.
+Not shipped with models.
 """
 
 import argparse
-import json
 import re
 from pathlib import Path
 
@@ -20,10 +19,13 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers.utils import cached_file
 
-from .build_repository import build_repository
+from wsdino.errors import UserError, command, first_line
+from wsdino.files import read_json, written_whole
+
+from .build_repository import build_repository, check_tile_size
 from .configuration_wsdino import WSDinoConfig
 from .image_processing_wsdino import WSDinoImageProcessor
-from .modeling_wsdino import WSDinoModel, WSDinoMultiChannelModel, WSDinoPreTrainedModel, _some, read_checkpoint
+from .modeling_wsdino import WSDinoModel, WSDinoMultiChannelModel, WSDinoPreTrainedModel, read_checkpoint
 
 # A tower's place in transformers' ViTModel, whose files keep older names than its modules, and in the original DINO.
 VIT_KEYS = (
@@ -42,7 +44,7 @@ VIT_KEYS = (
     (r"\.layernorm_after\.", ".norm2."),
     (r"^layernorm\.", "norm."),
 )
-# What transformers raises while it loads a repository whose files are cut, or do not belong together.
+# Raised by transformers while it loads a repository whose files are cut or do not belong together.
 UNREADABLE = (OSError, RuntimeError, TypeError, ValueError, KeyError, SafetensorError, StrictDataclassError)
 
 
@@ -76,44 +78,51 @@ def load_backbone(source: str | Path, *, network: str | None = None, **config_kw
     Returns
     -------
     WSDinoModel or WSDinoMultiChannelModel
-        In evaluation mode. LayerNorm's epsilon is DINO's 1e-6, also for a `ViTModel` whose config says 1e-12.
+        In evaluation mode and float32. LayerNorm's epsilon is DINO's 1e-6, also for a `ViTModel` whose config says
+        1e-12.
 
     Raises
     ------
-    ValueError
-        For what is none of these, in one sentence.
+    UserError
+        The source is none of these, or is damaged; the message is one sentence that names it.
     """
-    if Path(source).is_file():
-        return WSDinoModel.from_dino_checkpoint(source, network=network, **config_kwargs)
-    config = _read_config(source)
-    kind = config.get("model_type")
-    if network is not None:
-        raise ValueError(f"{source} holds one network, not a teacher and a student: leave out {network}.")
-    if kind == "wsdino":
-        combined = "WSDinoMultiChannelModel" in (config.get("architectures") or [])
-        cls = WSDinoMultiChannelModel if combined else WSDinoModel
-        if combined and "channel_names" in config_kwargs:
-            names = ", ".join(map(str, config.get("channel_names") or []))
-            raise ValueError(f"{source} holds several towers ({names}): name the folder of one channel.")
-        try:
-            # overriding through `from_pretrained` would set the values without checking them
-            config = WSDinoConfig.from_dict(config | config_kwargs)
-            # what is kept in half precision is trained and exported in full
-            model, found = cls.from_pretrained(source, config=config, dtype=torch.float32, output_loading_info=True)
-            if found["missing_keys"]:  # which would stay random
-                raise ValueError(f"it lacks {_some(sorted(found['missing_keys']))}")
-            return model.eval()
-        except UNREADABLE as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(f"the model {source} is damaged ({reason[:300]}): copy it again.") from error
-    if kind != "vit":
-        raise ValueError(f"{source} is a {kind!r} model: give a WS-DINO or ViT repository, or a DINO checkpoint.")
-    weights = _repository_file(source, "model.safetensors") or _repository_file(source, "pytorch_model.bin")
-    if weights is None:
-        raise ValueError(f"{source} has no model.safetensors or pytorch_model.bin: give a folder with weights.")
-    state = read_checkpoint(weights)
-    config_kwargs.setdefault("num_attention_heads", config["num_attention_heads"])
-    return WSDinoModel.from_dino_state_dict(vit_to_dino(state), name=str(source), **config_kwargs)
+    try:
+        if Path(source).is_file():
+            return WSDinoModel.from_dino_checkpoint(source, network=network, **config_kwargs)
+        config = _read_config(source)
+        kind = config.get("model_type")
+        if network is not None:
+            raise UserError(f"{source} holds one network, not a teacher and a student: leave out {network}.")
+        if kind == "wsdino":
+            return _load_repository(source, config, config_kwargs)
+        if kind != "vit":
+            raise UserError(f"{source} is a {kind!r} model: give a WS-DINO or ViT repository, or a DINO checkpoint.")
+        weights = _repository_file(source, "model.safetensors") or _repository_file(source, "pytorch_model.bin")
+        if weights is None:
+            raise UserError(f"{source} has no model.safetensors or pytorch_model.bin: give a folder with weights.")
+        config_kwargs.setdefault("num_attention_heads", config["num_attention_heads"])
+        state = vit_to_dino(read_checkpoint(weights))
+        return WSDinoModel.from_dino_state_dict(state, name=str(source), **config_kwargs)
+    except UserError:
+        raise
+    except UNREADABLE as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"The model {source} cannot be loaded: {reason[:500]}") from error
+
+
+def _load_repository(source: str | Path, config: dict, config_kwargs: dict) -> WSDinoPreTrainedModel:
+    """The network of a WS-DINO repository, in full precision."""
+    combined = "WSDinoMultiChannelModel" in (config.get("architectures") or [])
+    if combined and "channel_names" in config_kwargs:
+        names = ", ".join(map(str, config.get("channel_names") or []))
+        raise UserError(f"{source} holds several towers ({names}): name the folder of one channel.")
+    # Overriding through `from_pretrained` would set the values without checking them.
+    checked = WSDinoConfig.from_dict(config | config_kwargs)
+    cls = WSDinoMultiChannelModel if combined else WSDinoModel
+    model, found = cls.from_pretrained(source, config=checked, dtype=torch.float32, output_loading_info=True)
+    if found["missing_keys"]:  # which would stay random
+        raise UserError(f"{source} is damaged: its weights lack {sorted(found['missing_keys'])[0]}. Copy it again.")
+    return model.eval()
 
 
 def load_image_processor(source: str | Path, model: WSDinoPreTrainedModel | None = None) -> WSDinoImageProcessor:
@@ -123,8 +132,8 @@ def load_image_processor(source: str | Path, model: WSDinoPreTrainedModel | None
 
     Raises
     ------
-    ValueError
-        If a WS-DINO repository's cannot be read, or it is not certain that another has none: other tiles would give
+    UserError
+        A WS-DINO repository's cannot be read, or it is not certain that another has none: other tiles would give
         other features.
     """
     default = WSDinoImageProcessor(**({"tile_size": model.config.image_size} if model is not None else {}))
@@ -138,45 +147,38 @@ def load_image_processor(source: str | Path, model: WSDinoPreTrainedModel | None
             return WSDinoImageProcessor.from_dict(own)
         reason, absent = "it is of another kind", True
     except (ValueError, OSError, TypeError, AttributeError) as error:
-        reason = str(error).split("\n")[0].partition(". ")[0].rstrip(".")
+        reason = first_line(error).partition(". ")[0].rstrip(".")
         if Path(source).is_dir():
             absent = not (Path(source) / file).is_file()
         else:  # by the Hub's own answer, which the cache keeps: a Hub that is out of reach may have it
             absent = try_to_load_from_cache(str(source), file) is _CACHED_NO_EXIST
     if own_layout or not absent:
-        raise ValueError(
+        raise UserError(
             f"no image processor can be read from {source} ({reason}): copy its {file} again, or check the connection."
         )
     return default
 
 
 def _read_config(source: str | Path) -> dict:
-    """The config.json of a folder or Hub repository, or a ValueError."""
+    """The config.json of a folder or Hub repository."""
     path = _repository_file(source, "config.json")
     if path is None:
-        raise ValueError(
+        raise UserError(
             f"{source} is neither a checkpoint file nor a folder or Hub id with a config.json: check the name."
         )
-    try:
-        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): copy it again.") from error
+    return read_json(path, fix="copy it again")
 
 
 def _repository_file(source: str | Path, name: str) -> str | None:
-    """Where a file of a folder or Hub repository lies on this machine, or None if there is none.
-
-    Raises ValueError for what is neither folder nor repository, and for a Hub that cannot be reached or refuses.
-    """
+    """Where a file of a folder or Hub repository lies on this machine, or None where the repository lacks it."""
     if Path(source).is_dir():
         return str(Path(source) / name) if (Path(source) / name).is_file() else None
     try:
         return cached_file(str(source), name, _raise_exceptions_for_missing_entries=False)
     except (OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"{source} is neither a checkpoint file nor a folder or Hub id that can be read ({reason}): check the "
-            "name, the connection and your access."
+        raise UserError(
+            f"{source} is neither a checkpoint file nor a folder or Hub id that can be read ({first_line(error)}): "
+            "check the name, the connection and your access."
         ) from error
 
 
@@ -188,8 +190,6 @@ def export_onnx(model: WSDinoPreTrainedModel, path: str | Path, *, image_size: i
     """
     size = image_size or model.config.image_size
     channels = len(model.config.channel_names) if isinstance(model, WSDinoMultiChannelModel) else 1
-    partial = Path(path).with_name(Path(path).name + ".partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
         program = torch.onnx.export(
             _Features(model).eval(),
@@ -200,12 +200,13 @@ def export_onnx(model: WSDinoPreTrainedModel, path: str | Path, *, image_size: i
             dynamo=True,
             verbose=False,
         )
-    program.save(partial, external_data=False)
-    return partial.rename(path)
+    with written_whole(path) as partial:
+        program.save(partial, external_data=False)
+    return Path(path)
 
 
 class _Features(torch.nn.Module):
-    """The CLS features alone, which is what leaves for ONNX."""
+    """The CLS features alone, which is what an ONNX file gives."""
 
     def __init__(self, model: WSDinoPreTrainedModel) -> None:
         super().__init__()
@@ -224,38 +225,43 @@ def convert(
     num_attention_heads: int | None = None,
     tile_size: int | None = None,
 ) -> Path:
-    """Read `source` and write what the name of `output` says: `.pth`, `.onnx`, or else a repository folder."""
+    """Read `source` and write the kind of file that the name `output` says: `.pth`, `.onnx`, else a repository folder.
+
+    Raises
+    ------
+    UserError
+        The source cannot be read, the output exists, or the layout of the output has no place for the network.
+    """
     output = Path(output)
     if output.suffix in (".pth", ".onnx") and output.exists():
-        raise ValueError(f"{output} exists already: name another output or remove it.")
+        raise UserError(f"{output} exists already: name another output or remove it.")
     if output.suffix in (".pt", ".bin", ".safetensors", ".ckpt"):
-        raise ValueError(f"{output}: write .pth (original DINO), .onnx, or a folder without a suffix (repository).")
+        raise UserError(f"{output}: write .pth (original DINO), .onnx, or a folder without a suffix (repository).")
     config_kwargs = {} if channel is None else {"channel_names": [channel]}
     if num_attention_heads is not None:
         config_kwargs["num_attention_heads"] = num_attention_heads
     model = load_backbone(source, network=network, **config_kwargs)
-    if tile_size is not None and (tile_size < 1 or tile_size % model.config.patch_size):
-        raise ValueError(
-            f"tile_size {tile_size} is not a multiple of the model's patch_size {model.config.patch_size}: "
-            "choose a tile size that divides into patches."
-        )
+    if tile_size is not None:
+        check_tile_size(tile_size, model.config)
     if output.suffix == ".onnx":
         try:
             return export_onnx(model, output, image_size=tile_size)
         except ModuleNotFoundError as error:
-            raise ValueError(f"ONNX needs the package {error.name}: pip install 'wsdino[onnx]'.") from error
+            raise UserError(f"ONNX needs the package {error.name}: pip install 'wsdino[onnx]'.") from error
     if output.suffix == ".pth":
         if isinstance(model, WSDinoMultiChannelModel):
-            raise ValueError(f"{source} holds several towers, and a DINO checkpoint one: convert each channel's own.")
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial = output.with_name(output.name + ".partial")
-        torch.save(model.to_dino_state_dict(), partial)
-        return partial.rename(output)
+            raise UserError(f"{source} holds several towers, and a DINO checkpoint one: convert each channel's own.")
+        if model.config.patch_embedding != "linear":
+            raise UserError(f"{source} has a convolutional patch embedding, for which a DINO checkpoint has no place.")
+        with written_whole(output) as partial:
+            torch.save(model.to_dino_state_dict(), partial)
+        return output
     processor = load_image_processor(source, model)
     processor.tile_size = tile_size or processor.tile_size
     return build_repository(output, model, processor)
 
 
+@command("wsdino-convert")
 def main(argv: list[str] | None = None) -> None:
     """The command `wsdino-convert`."""
     parser = argparse.ArgumentParser(
@@ -270,19 +276,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--tile_size", type=int, help="side of a tile, or of the ONNX input; default: the trained size"
     )
-    arguments = parser.parse_args(argv)
-    try:
-        written = convert(
-            arguments.source,
-            arguments.output,
-            network=arguments.network,
-            channel=arguments.channel,
-            num_attention_heads=arguments.num_attention_heads,
-            tile_size=arguments.tile_size,
-        )
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-    print(f"wrote {written}")
+    print(f"wrote {convert(**vars(parser.parse_args(argv)))}")
 
 
 if __name__ == "__main__":

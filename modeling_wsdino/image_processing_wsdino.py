@@ -9,6 +9,7 @@ are settings; a single cell is a small field that is cut into one tile.
 import math
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -17,11 +18,13 @@ import torch
 from PIL import Image
 from transformers import BaseImageProcessor, BatchFeature
 
-# Modes of Pillow images with a single intensity a pixel. A colour image is a rendering, not a measurement.
+# Modes of Pillow images with a single intensity per pixel. A colour image is a rendering, not a measurement.
 GRAY_MODES = ("L", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
-TILE_LAYOUTS = ("paper", "full", "original_code")
-INTENSITY_SCALES = ("linear", "log")
-SYMMETRIES = (1, 4, 8)
+CHOICES = {
+    "tiles": ("paper", "full", "original_code"),
+    "intensity_scale": ("linear", "log"),
+    "symmetries": (1, 4, 8),
+}
 # Of all pages of a file together; three channels of a field of 1280x1024 are four million. A header that claims more
 # is refused before anything of its size is allocated.
 MAX_PIXELS = 100_000_000
@@ -83,18 +86,11 @@ class WSDinoImageProcessor(BaseImageProcessor):
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
-        if tiles not in TILE_LAYOUTS:
-            raise ValueError(f"tiles must be one of {', '.join(TILE_LAYOUTS)}, but is {tiles!r}.")
-        if intensity_scale not in INTENSITY_SCALES:
-            raise ValueError(
-                f"intensity_scale must be one of {', '.join(INTENSITY_SCALES)}, but is {intensity_scale!r}."
-            )
-        if symmetries not in SYMMETRIES:
-            raise ValueError(f"symmetries must be 1, 4 or 8, but is {symmetries!r}.")
-        for name, value in (("tile_size", tile_size), ("tile_grid", tile_grid)):
-            if isinstance(value, float):
-                raise ValueError(f"{name} must be a whole number, but is {value}.")
-            _check_positive(name, value)
+        check_choice("tiles", tiles)
+        check_choice("intensity_scale", intensity_scale)
+        check_choice("symmetries", symmetries)
+        _check_positive("tile_size", tile_size, int)
+        _check_positive("tile_grid", tile_grid, int)
         _check_positive("max_intensity", max_intensity)
         self.tiles = tiles
         self.tile_size = tile_size
@@ -128,11 +124,9 @@ class WSDinoImageProcessor(BaseImageProcessor):
         tiles = [tile for image in images for tile in self.field_tiles(image, **kwargs)]
         if not tiles:
             raise ValueError("no images were given: pass at least one field.")
-        if len({tile.shape[1:] for tile in tiles}) > 1:
-            raise ValueError("tiles of different sizes cannot share a batch: use the pipeline instead.")
         if len({tile.shape for tile in tiles}) > 1:
-            counts = " and ".join(sorted({str(tile.shape[0]) for tile in tiles}))
-            raise ValueError(f"fields with {counts} channels cannot share a batch: process them apart.")
+            shapes = " and ".join(sorted({str(tile.shape) for tile in tiles}))
+            raise ValueError(f"tiles of {shapes} cannot share a batch: process them apart, or use the pipeline.")
         return BatchFeature({"pixel_values": np.stack(tiles)}, tensor_type=return_tensors)
 
     def field_tiles(
@@ -162,20 +156,20 @@ class WSDinoImageProcessor(BaseImageProcessor):
         Raises
         ------
         ValueError
-            For what is no such field, a field smaller than its tiles, or one of more than 8 bits for a model of 8-bit
-            fields. An 8-bit field for a model of 16-bit ones is warned about.
+            The image is not such a field, is smaller than its tiles, or has more than 8 bits where the model was
+            trained on 8. An 8-bit field for a model of 16-bit ones gives a warning.
         """
+        tiles = self.tiles if tiles is None else tiles
+        check_choice("tiles", tiles)
         field, name = _read_field(image, list(self.channel_names if channel_names is None else channel_names))
         limit = self._intensity_limit(field, name, max_intensity)
-        boxes = self._tile_boxes(*field.shape[-2:], name, self.tiles if tiles is None else tiles)
         return [
             scale_intensities(field[:, top : top + height, left : left + width], limit, self.intensity_scale)
-            for top, left, height, width in boxes
+            for top, left, height, width in self._tile_boxes(*field.shape[-2:], name, tiles)
         ]
 
     def _tile_boxes(self, height: int, width: int, name: str, tiles: str) -> Iterable[tuple[int, int, int, int]]:
         """Top, left, height and width of the tiles of a `height` by `width` field."""
-        size = self.tile_size
         if tiles == "original_code":
             if (height, width) != (512, 640):
                 raise ValueError(
@@ -183,43 +177,36 @@ class WSDinoImageProcessor(BaseImageProcessor):
                     "resize it, or choose tiles='paper'."
                 )
             return ORIGINAL_CODE_CROPS
-        if tiles == "paper":
-            region = self.tile_grid * size
-            fix = "give a larger field, or a smaller tile_size or tile_grid"
-            tops, lefts = (
-                [(side - region) // 2 + size * step for step in range(self.tile_grid)] for side in (height, width)
-            )
-        elif tiles == "full":
-            region = size
-            fix = "give a larger field or a smaller tile_size"
-            counts = (-(-height // size), -(-width // size))
-            tops, lefts = (
-                np.linspace(0, side - size, count).round().astype(int).tolist()
-                for side, count in zip((height, width), counts, strict=True)
-            )
-        else:
-            raise ValueError(f"tiles must be one of {', '.join(TILE_LAYOUTS)}, but is {tiles!r}.")
+        size = self.tile_size
+        region = size if tiles == "full" else size * self.tile_grid
         if min(height, width) < region:
             raise ValueError(
                 f"{name} is {height}x{width} pixels (height x width), smaller than the {region}x{region} of "
-                f"{f'its {size}x{size} tiles' if region > size else 'one tile'}: {fix}."
+                f"{f'its {size}x{size} tiles' if region > size else 'one tile'}: give a larger field, or a smaller "
+                "tile_size or tile_grid."
+            )
+        if tiles == "full":
+            tops, lefts = (
+                np.linspace(0, side - size, -(-side // size)).round().astype(int).tolist() for side in (height, width)
+            )
+        else:
+            tops, lefts = (
+                [(side - region) // 2 + size * step for step in range(self.tile_grid)] for side in (height, width)
             )
         return [(top, left, size, size) for top in tops for left in lefts]
 
     def _intensity_limit(self, field: np.ndarray, name: str, max_intensity: int | float | None) -> int | float:
-        """The intensity that becomes 1. An 8-bit field scaled as a 16-bit one would be nearly black, and the reverse
-        white."""
+        """The intensity that becomes 1; an 8-bit field scaled as a 16-bit one would be black, the reverse white."""
         if field.dtype.kind == "f" and not np.isfinite(field).all():
-            raise ValueError(f"{name} holds values that are not finite: replace them before.")
+            raise ValueError(f"{name} holds values that are not finite: replace them first.")
         if max_intensity is not None:
             _check_positive("max_intensity", max_intensity)
             return max_intensity
         if field.dtype == np.uint8 and self.max_intensity > 255:
             warnings.warn(
                 f"{name} is 8-bit, but this model was trained on 16-bit intensities clipped at "
-                f"{self.max_intensity:g}: it is "
-                "divided by 255, and its features do not compare with those of 16-bit fields; give the 16-bit "
-                "original.",
+                f"{self.max_intensity:g}: 255 takes the place of that number, and the features do not compare with "
+                "those of 16-bit fields; give the 16-bit original.",
                 stacklevel=4,
             )
             return 255
@@ -227,7 +214,7 @@ class WSDinoImageProcessor(BaseImageProcessor):
         if highest > 255 >= self.max_intensity:
             raise ValueError(
                 f"{name} holds intensities up to {highest:g}, but this model was trained on 8-bit ones clipped at "
-                f"{self.max_intensity:g}: give the 8-bit image, or say max_intensity=<the intensity that is to be 1>."
+                f"{self.max_intensity:g}: give the 8-bit image, or name max_intensity."
             )
         if field.dtype.kind == "f" and self.max_intensity > 1 and 0 < highest <= 1:
             raise ValueError(
@@ -258,43 +245,35 @@ def scale_intensities(values: np.ndarray, max_intensity: int | float, intensity_
     return np.clip(values, 0, max_intensity).astype(np.float32) / np.float32(max_intensity)
 
 
-def _check_positive(name: str, value: Any) -> None:
-    """Refuse what is no positive, finite number; a single one of NumPy's is one."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
-        raise ValueError(f"{name} must be a number, but is {value!r}.")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be positive and finite, but is {value}.")
+def check_choice(name: str, value: Any) -> None:
+    """Refuse a setting that is none of its `CHOICES`."""
+    if value not in CHOICES[name]:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, CHOICES[name]))}, but is {value!r}.")
+
+
+def _check_positive(name: str, value: Any, kind: type = float) -> None:
+    """Refuse what is not a positive, finite number, or with `kind` int a whole one; NumPy's scalars are numbers."""
+    kinds = (int, np.integer) if kind is int else (int, float, np.number)
+    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a positive {'whole ' * (kind is int)}number, but is {value!r}.")
 
 
 def _read_field(image: Any, channel_names: list[str]) -> tuple[np.ndarray, str]:
     """A field as `(channels, height, width)` raw intensities, and a name for messages."""
     if isinstance(image, Mapping):
         return _stack_channels(image, channel_names)
-    name = "the image"
-    if isinstance(image, str | Path):
-        name = str(image)
-        if not Path(image).is_file():
-            raise FileNotFoundError(f"{name} is not a file: give the path of a PNG or TIFF image.")
-        try:
-            opened = Image.open(image)
-        except Image.DecompressionBombError as error:
-            raise ValueError(f"{name} has more than {MAX_PIXELS:,} pixels: cut it into fields.") from error
-        except Exception as error:  # Pillow's readers let errors of their own parsing through
-            raise ValueError(f"{name} cannot be read as an image ({error}): copy the file again.") from error
-        with opened:
-            image = _read_pillow(opened, name)
-    elif isinstance(image, Image.Image):
+    name = str(image) if isinstance(image, str | Path) else "the image"
+    if isinstance(image, str | Path | Image.Image):
         image = _read_pillow(image, name)
     elif isinstance(image, torch.Tensor):
         image = image.detach().cpu()
         image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()  # NumPy has no bfloat16
-    if not isinstance(image, np.ndarray):
+    if not isinstance(image, np.ndarray) or image.dtype.kind not in "uif":
+        kind = f"array of {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
         raise ValueError(
-            f"a {type(image).__name__} is not an image: give an array, a Pillow image, a path, or a dict of these "
-            f"by channel."
+            f"{name} is a {kind}, not measured intensities: give an array of numbers, a Pillow image, a path, or a "
+            "dict of these by channel."
         )
-    if image.dtype.kind not in "uif":
-        raise ValueError(f"{name} holds {image.dtype} values: give intensities.")
     if image.ndim == 2:
         image = image[None]
     if image.ndim != 3 or image.shape[2] <= 4 < image.shape[0]:  # no field is four pixels wide
@@ -304,58 +283,50 @@ def _read_field(image: Any, channel_names: list[str]) -> tuple[np.ndarray, str]:
     return image, name
 
 
-def _read_pillow(image: Image.Image, name: str) -> np.ndarray:
-    """Pixels of a Pillow image; the pages of a multi-page TIFF become channels."""
-    if image.mode not in GRAY_MODES:
-        raise ValueError(
-            f"{name} is a {image.mode} picture, not measured intensities: give one 16-bit gray image a channel."
-        )
+def _read_pillow(source: str | Path | Image.Image, name: str) -> np.ndarray:
+    """Pixels of a Pillow image or an image file; the pages of a multi-page TIFF become channels."""
     pages, pixels = [], 0
     try:
-        count, here = getattr(image, "n_frames", 1), image.tell()
-        for page in range(count):
-            if count > 1:  # also the first: an image that was read before stands at another
-                image.seek(page)
-            pixels += image.width * image.height
-            if pixels > MAX_PIXELS:
-                break
-            pages.append(np.asarray(image))
-        if count > 1:
-            image.seek(here)
-    except Exception as error:  # as above
+        with nullcontext(source) if isinstance(source, Image.Image) else Image.open(source) as image:
+            mode, count, here = image.mode, getattr(image, "n_frames", 1), image.tell()
+            for page in range(count if mode in GRAY_MODES else 0):
+                if count > 1:  # also for the first: an image that was read before stands at another
+                    image.seek(page)
+                pixels += image.width * image.height
+                if pixels > MAX_PIXELS:
+                    raise Image.DecompressionBombError
+                pages.append(np.asarray(image))
+            if count > 1:
+                image.seek(here)
+    except FileNotFoundError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name} has more than {MAX_PIXELS:,} pixels: cut it into fields.") from error
+    except Exception as error:  # Pillow's readers let errors of their own parsing through
         raise ValueError(f"{name} cannot be read as an image ({error}): copy the file again.") from error
-    if pixels > MAX_PIXELS:
-        raise ValueError(f"{name} has more than {MAX_PIXELS:,} pixels: cut it into fields.")
-    if len({page.shape for page in pages}) > 1:
-        raise ValueError(f"{name} has pages of different sizes: give channels of one field.")
+    if mode not in GRAY_MODES or len({page.shape for page in pages}) > 1:
+        kind = f"a {mode} picture" if mode not in GRAY_MODES else "a file with pages of different sizes"
+        raise ValueError(f"{name} is {kind}, not measured intensities: give one 16-bit gray image per channel.")
     return np.stack(pages) if len(pages) > 1 else pages[0]
 
 
 def _stack_channels(images: Mapping, channel_names: list[str]) -> tuple[np.ndarray, str]:
     """The planes of a dict of channels, in the order of the model's towers; further entries are left alone."""
-    if not channel_names:
-        raise ValueError(
-            "this model does not know its channels' names, so a dict of channels has no order: give the plane or an "
-            "array."
-        )
     absent = [name for name in channel_names if name not in images]
-    if absent:
+    if absent or not channel_names:
+        known = f"trained on {', '.join(channel_names)}" if channel_names else "trained on a channel without a name"
         raise ValueError(
-            f"the channel {', '.join(absent)} is not among those given ({', '.join(map(str, images))}): this model "
-            f"was trained "
-            f"on {', '.join(channel_names)}; give it, or use the repository of another channel."
+            f"a dict of the channels {', '.join(map(str, images))} was given, but this model was {known}: give "
+            f"{', '.join(absent) or 'an array'}, or use the repository of another channel."
         )
-    planes = []
-    for channel in channel_names:
-        plane, _ = _read_field(images[channel], [channel])
-        if plane.shape[0] != 1:
-            raise ValueError(f"the channel {channel} has {plane.shape[0]} planes: give one (height, width) plane.")
-        if planes and (plane.shape, plane.dtype) != (planes[0].shape, planes[0].dtype):
+    planes = [_read_field(images[channel], [channel])[0] for channel in channel_names]
+    wanted = ((1, *planes[0].shape[1:]), planes[0].dtype)
+    for channel, plane in zip(channel_names, planes, strict=True):
+        if (plane.shape, plane.dtype) != wanted:
             raise ValueError(
-                f"the channel {channel} is {plane.shape[1]}x{plane.shape[2]} {plane.dtype}, but {channel_names[0]} is "
-                f"{planes[0].shape[1]}x{planes[0].shape[2]} {planes[0].dtype}: give channels of one field."
+                f"the channel {channel} is {plane.dtype} of shape {plane.shape} where {wanted[1]} of shape "
+                f"{wanted[0]} is needed, as {channel_names[0]} has it: give one plane per channel, of one field."
             )
-        planes.append(plane)
     return np.concatenate(planes), f"the field ({', '.join(channel_names)})"
 
 

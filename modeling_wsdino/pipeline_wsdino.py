@@ -14,9 +14,11 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Pipeline
 from transformers.pipelines.pt_utils import KeyDataset, PipelineDataset, PipelineIterator
 
+from .image_processing_wsdino import check_choice
+
 # On a CPU a few tiles at a time stay in its caches: in batches of eight a 224x224 tile took 1.2 to 1.3 times as long
 # as in batches of two (medians, ViT-S/8, two threads of a machine with other work).
-TOKENS_A_PASS_ON_CPU = 1600
+TOKENS_PER_PASS_ON_CPU = 1600
 OUTPUTS = ("features", "tiles", "patches", "attention")
 
 
@@ -24,7 +26,7 @@ class WSDinoFeatureExtractionPipeline(Pipeline):
     """
     Extract features of fluorescence fields: tiles, CLS token of each, median over the tiles.
 
-    A repository of one channel gives `hidden_size` numbers a field (384 for ViT-S); the combined repository gives
+    A repository of one channel gives `hidden_size` numbers per field (384 for ViT-S); the combined repository gives
     those of its channels side by side, divided by their Euclidean norm (1152), as the paper compares profiles.
     Fields are taken as they are, neither corrected for illumination nor resized: give them as the training data are.
 
@@ -37,10 +39,10 @@ class WSDinoFeatureExtractionPipeline(Pipeline):
     Parameters (of the pipeline, or of one call)
     ----------
     outputs : {"features", "tiles", "patches", "attention"}
-        `features` (default): one vector a field, `(hidden,)`. `tiles`: the CLS token of every tile, `(tiles, hidden)`.
-        `patches`: the patch tokens, `(tiles, h, w, hidden)`. `attention`: how much the CLS token attends to each patch
-        in the last block, `(tiles, heads, h, w)`. The channels of a combined model stand side by side in the hidden or
-        heads dimension.
+        `features` (default): one vector per field, `(hidden,)`. `tiles`: the CLS token of every tile, `(tiles,
+        hidden)`. `patches`: the patch tokens, `(tiles, h, w, hidden)`. `attention`: how much the CLS token attends to
+        each patch in the last block, `(tiles, heads, h, w)`. The channels of a combined model stand side by side in
+        the hidden or heads dimension.
     tiles : {"paper", "full", "original_code"}
         Which tiles, instead of the image processor's own choice. With `original_code` the median is its lower one.
     max_intensity : int or float
@@ -69,7 +71,7 @@ class WSDinoFeatureExtractionPipeline(Pipeline):
             )
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """As everywhere in transformers, with this file, which the saved config names and the stock way leaves out."""
+        """Save as every pipeline does, and this file, which the saved config names and the base class leaves out."""
         super().save_pretrained(save_directory, **kwargs)
         shutil.copyfile(__file__, Path(save_directory) / "pipeline_wsdino.py")
 
@@ -83,8 +85,8 @@ class WSDinoFeatureExtractionPipeline(Pipeline):
     ) -> tuple[dict, dict, dict]:
         if outputs is not None and outputs not in OUTPUTS:
             raise ValueError(f"outputs must be one of {', '.join(OUTPUTS)}, but is {outputs!r}.")
-        if symmetries not in (None, 1, 4, 8):
-            raise ValueError(f"symmetries must be 1, 4 or 8, but is {symmetries!r}.")
+        if symmetries is not None:
+            check_choice("symmetries", symmetries)
         chosen = [
             {"tiles": tiles, "max_intensity": max_intensity},
             {"outputs": outputs, "symmetries": symmetries},
@@ -132,28 +134,12 @@ class WSDinoFeatureExtractionPipeline(Pipeline):
 
     def preprocess(self, image: Any, **image_processor_kwargs: Any) -> dict[str, list[torch.Tensor]]:
         """One field's tiles, each `(channels, height, width)`."""
-        channel_names = self.model.config.channel_names
-        tiles = self.image_processor.field_tiles(image, channel_names=channel_names, **image_processor_kwargs)
-        channels = tiles[0].shape[0]
-        if channels not in ({1, 3} if len(channel_names) < 2 else {len(channel_names)}):
-            names = f" ({', '.join(channel_names)})" if channel_names else ""
-            raise ValueError(
-                f"the image has {channels} channels, but this model takes {max(len(channel_names), 1)}{names}: "
-                "give its channels in this order, or a dict of planes by channel name."
-            )
-        one_channel = len(channel_names) == 1
-        if one_channel and channels == 3 and any((tile[:1] != tile[1:]).any() for tile in tiles):
-            warnings.warn(
-                f"the image has three different channels, but this model knows {channel_names[0]} alone: give "
-                "that plane, a dict of planes by channel name, or use the combined repository.",
-                stacklevel=2,
-            )
-        return {"tiles": [torch.from_numpy(tile) for tile in tiles]}
+        return _Preprocess(self)(image, **image_processor_kwargs)
 
     def _forward(
         self, inputs: dict, outputs: str = "features", symmetries: int | None = None
     ) -> dict[str, list[tuple[torch.Tensor, ...]]]:
-        """What the model says of every tile of every field, in float32: one tuple of tensors a field."""
+        """The model's answers for every tile of every field, in float32: one tuple of tensors per field."""
         batch = _collate([inputs]) if "tiles" in inputs else inputs
         symmetries = symmetries or self.image_processor.symmetries
         results = [
@@ -167,7 +153,7 @@ class WSDinoFeatureExtractionPipeline(Pipeline):
         if stack.device.type != "cpu":
             return (stack,)
         tokens = stack.shape[-2] * stack.shape[-1] // self.model.config.patch_size**2
-        return stack.split(max(1, TOKENS_A_PASS_ON_CPU // tokens))
+        return stack.split(max(1, TOKENS_PER_PASS_ON_CPU // tokens))
 
     def _run_model(self, pixel_values: torch.Tensor, outputs: str, symmetries: int) -> torch.Tensor:
         """The model's answer for a stack of tiles of one size, in float32."""
@@ -176,7 +162,7 @@ class WSDinoFeatureExtractionPipeline(Pipeline):
         if outputs == "patches":
             tokens = self.model(pixel_values).last_hidden_state[:, 1:].float()
             return tokens.unflatten(1, (pixel_values.shape[-2] // self.model.config.patch_size, -1))
-        # `cls_only` spares the last block the patches, which only `patches` would need
+        # `cls_only` spares the last block the patch tokens, which only `patches` needs.
         views = _symmetric_views(pixel_values, symmetries)
         return sum(self.model(view, cls_only=True).pooler_output.float() for view in views) / len(views)
 
@@ -193,7 +179,7 @@ class WSDinoFeatureExtractionPipeline(Pipeline):
         if outputs == "features":
             ordered = torch.stack(field).sort(dim=0).values
             lower, upper = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
-            # the released code takes torch.median, the lower of the two middle tiles; the median is their mean
+            # The released code takes torch.median, the lower of the two middle tiles; the median is their mean.
             original = (self.image_processor.tiles if tiles is None else tiles) == "original_code"
             result = lower if original else (lower + upper) / 2
             if len(self.model.config.channel_names) > 1:
@@ -215,13 +201,39 @@ class WSDinoFeatureExtractionPipeline(Pipeline):
     ) -> Iterator:
         """The stock pipelines' iterator, but for fields that keep their own number of tiles."""
         if isinstance(inputs, Sized):
-            dataset = PipelineDataset(inputs, self.preprocess, preprocess_params)
+            dataset = PipelineDataset(inputs, _Preprocess(self), preprocess_params)
         else:
             num_workers = min(num_workers, 1)  # several workers would each read the whole stream
-            dataset = PipelineIterator(inputs, self.preprocess, preprocess_params)
+            dataset = PipelineIterator(inputs, _Preprocess(self), preprocess_params)
         loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=_collate)
         results = PipelineIterator(loader, self.forward, forward_params, loader_batch_size=batch_size)
         return PipelineIterator(results, self.postprocess, postprocess_params)
+
+
+class _Preprocess:
+    """What a loader's worker needs to cut fields into tiles: no model, which it would copy to itself."""
+
+    def __init__(self, pipeline: WSDinoFeatureExtractionPipeline) -> None:
+        self.image_processor = pipeline.image_processor
+        self.channel_names = list(pipeline.model.config.channel_names)
+
+    def __call__(self, image: Any, **image_processor_kwargs: Any) -> dict[str, list[torch.Tensor]]:
+        names = self.channel_names
+        tiles = self.image_processor.field_tiles(image, channel_names=names, **image_processor_kwargs)
+        channels = tiles[0].shape[0]
+        if channels not in ({1, 3} if len(names) < 2 else {len(names)}):
+            known = f" ({', '.join(names)})" if names else ""
+            raise ValueError(
+                f"the image has {channels} channels, but this model takes {max(len(names), 1)}{known}: "
+                "give its channels in this order, or a dict of planes by channel name."
+            )
+        if len(names) == 1 and channels == 3 and any((tile[:1] != tile[1:]).any() for tile in tiles):
+            warnings.warn(
+                f"the image has three different channels, but this model knows {names[0]} alone: give "
+                "that plane, a dict of planes by channel name, or use the combined repository.",
+                stacklevel=2,
+            )
+        return {"tiles": [torch.from_numpy(tile) for tile in tiles]}
 
 
 class _Rows(Dataset):
@@ -252,7 +264,7 @@ def _symmetric_views(tiles: torch.Tensor, symmetries: int) -> list[torch.Tensor]
 
 
 def _collate(fields: list[dict[str, list[torch.Tensor]]]) -> dict[str, list]:
-    """Stack the tiles of several fields, one stack a tile size, and note where each field's tiles went."""
+    """Stack the tiles of several fields, one stack per tile size, and note where each field's tiles went."""
     stacks, places = {}, []
     for field in fields:
         places.append([])
@@ -263,4 +275,31 @@ def _collate(fields: list[dict[str, list[torch.Tensor]]]) -> dict[str, list]:
     return {"stacks": [torch.stack(stack) for stack in stacks.values()], "places": places}
 
 
-__all__ = ["WSDinoFeatureExtractionPipeline"]
+def attention_mass_mask(attention_maps: torch.Tensor, mass: float = 0.6) -> torch.Tensor:
+    """Keep the fewest patches that together hold a share of a map's attention.
+
+    The original code's threshold kept every patch; this one keeps what it names.
+
+    Parameters
+    ----------
+    attention_maps : torch.Tensor
+        `(..., height, width)`, not negative.
+    mass : float
+        The share to keep, above 0 and at most 1.
+
+    Returns
+    -------
+    torch.Tensor
+        Booleans of the same shape: the largest patches, the last of which reaches the share.
+    """
+    if not 0 < mass <= 1:
+        raise ValueError(f"mass must be above 0 and at most 1, but is {mass}.")
+    flat = attention_maps.flatten(-2).double()
+    values, order = flat.sort(dim=-1, descending=True, stable=True)
+    # A patch is kept while the larger ones before it do not yet hold the share.
+    before = values.cumsum(dim=-1) - values
+    kept = before < mass * values.sum(dim=-1, keepdim=True)
+    return torch.zeros_like(kept).scatter(-1, order, kept).reshape(attention_maps.shape)
+
+
+__all__ = ["WSDinoFeatureExtractionPipeline", "attention_mass_mask"]

@@ -21,7 +21,7 @@ from modeling_wsdino import (
     build_repository,
 )
 
-CODE = {"configuration_wsdino.py", "modeling_wsdino.py", "image_processing_wsdino.py", "pipeline_wsdino.py"}
+CODE = {f"{name}_wsdino.py" for name in ("configuration", "layers", "modeling", "image_processing", "pipeline")}
 FILES = CODE | {"config.json", "model.safetensors", "preprocessor_config.json"}
 SIZE = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32}
 
@@ -72,7 +72,6 @@ def test_building_twice_gives_the_same_bytes(tmp_path, processor):
 def test_an_older_repository_is_replaced_and_anything_else_is_not(tmp_path, processor):
     folder = build_repository(tmp_path / "dna", tower(0), processor, card="old")
     (folder / "left_behind.txt").write_text("old")
-    (tmp_path / "dna.replaced").mkdir()
     (tmp_path / "dna.partial").mkdir()  # of a run that was killed
     (tmp_path / "dna.partial" / "half.txt").write_text("half")
     build_repository(folder, tower(1), processor)
@@ -84,11 +83,11 @@ def test_an_older_repository_is_replaced_and_anything_else_is_not(tmp_path, proc
     for path, content in (("thesis/chapter.txt", "precious"), ("foreign/config.json", '{"model_type": "vit"}')):
         (tmp_path / path).parent.mkdir()
         (tmp_path / path).write_text(content)
-        with pytest.raises(ValueError, match="holds something other than a WS-DINO repository"):
+        with pytest.raises(ValueError, match="holds no WS-DINO repository"):
             build_repository((tmp_path / path).parent, tower(0), processor)
         assert (tmp_path / path).read_text() == content
     (tmp_path / "file").write_text("precious")
-    with pytest.raises(ValueError, match="holds something other"):
+    with pytest.raises(ValueError, match="holds no WS-DINO repository"):
         build_repository(tmp_path / "file", tower(0), processor)
 
 
@@ -130,12 +129,10 @@ def test_the_combined_repository_is_made_of_folders_or_models(tmp_path, processo
 
 def test_towers_that_do_not_fit_are_refused_in_a_sentence(tmp_path, processor):
     towers = {"dna": tower(0), "actin": tower(0, num_attention_heads=4)}
-    with pytest.raises(ValueError, match="the towers differ: num_attention_heads is 4 for actin and 2 for dna"):
+    with pytest.raises(ValueError, match="num_attention_heads is 4 for actin and 2 for dna"):
         build_combined_repository(tmp_path / "combined", towers, processor)
     with pytest.raises(ValueError, match="give an image_processor"):
         build_combined_repository(tmp_path / "combined", {"dna": tower(0)})
-    with pytest.raises(ValueError, match="no towers were given"):
-        build_combined_repository(tmp_path / "combined", {}, processor)
 
 
 def test_towers_that_scale_fields_differently_need_an_image_processor(tmp_path, processor):
@@ -163,7 +160,7 @@ def test_the_shipped_files_import_only_each_other_and_what_comes_with_transforme
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 assert node.module.split(".")[0] in allowed, name
             elif isinstance(node, ast.ImportFrom):
-                assert node.level == 1 and f"{node.module}.py" in CODE and len(node.names) == 1, name
+                assert node.level == 1 and f"{node.module}.py" in CODE, name
         # transformers finds relative imports with a regular expression, in docstrings too
         found = re.findall(r"^\s*from\s+\.(\S*)\s+import", text, re.MULTILINE)
         assert {f"{module}.py" for module in found} <= CODE, name

@@ -275,16 +275,16 @@ def test_mistakes_end_the_command_with_status_2_and_one_sentence(tmp_path, capsy
     capsys.readouterr()
     for arguments, words in [
         ([tmp_path / "absent", tmp_path / "out"], "absent is neither a checkpoint file nor a folder or Hub id"),
-        ([tmp_path / "there.pth", tmp_path / "out"], "cannot be read safely"),
+        ([tmp_path / "there.pth", tmp_path / "out"], "there.pth cannot be read safely"),
         ([one, tmp_path / "there.pth"], "there.pth exists already"),
         ([one, tmp_path / "out.bin"], "write .pth (original DINO), .onnx, or a folder"),
         ([tmp_path / "combined", tmp_path / "out.pth"], "holds several towers"),
-        ([tmp_path / "stem", tmp_path / "out.pth"], "no place for a convolutional patch embedding"),
+        ([tmp_path / "stem", tmp_path / "out.pth"], "convolutional patch embedding"),
         ([one, tmp_path / "out", "--network", "teacher"], "holds one network, not a teacher and a student"),
         ([one, tmp_path / "out", "--channel", "d.na"], "channel name 'd.na'"),
         ([tmp_path / "combined", tmp_path / "out", "--channel", "dna"], "holds several towers (dna, actin)"),
         ([tmp_path / "combined", tmp_path / "out", "--channel", "er"], "holds several towers (dna, actin)"),
-        ([lacking, tmp_path / "out"], "is damaged (it lacks norm.bias)"),
+        ([lacking, tmp_path / "out"], "lacking is damaged: its weights lack norm.bias"),
         ([one, tmp_path / "out.onnx", "--tile_size", "50"], "tile_size 50 is not a multiple of the model's"),
         ([one, tmp_path / "out", "--tile_size", "-8"], "tile_size -8 is not a multiple"),
     ]:
