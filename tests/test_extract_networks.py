@@ -136,7 +136,7 @@ def test_models_and_datasets_by_their_hub_ids(run, vit, tiny_screen, tmp_path):
     expected = pd.read_parquet(run / "profiles" / "trained.parquet")
     with HubServer("hf_token") as hub:
         for name, folder in folders.items():
-            hub.repositories[name] = {"files": files(folder), "commits": 1, "private": False, "sdk": None}
+            hub.put(*name, files(folder))
         settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
         script = ("extract_profiles.py", "--dataset", "lab/screen", "--output")
         settings |= {"HF_HUB_DISABLE_XET": "1", "HF_DATASETS_OFFLINE": "0"}
