@@ -217,9 +217,7 @@ def test_pycytominer_and_copairs_read_the_file_as_it_is(run):
     extract(run, "--sets", "trained")
     path = str(run / "profiles" / "trained.parquet")
     table = pd.read_parquet(path)
-    assert infer_cp_features(table, metadata=True) == [
-        f"Metadata_{name}" for name in METADATA.values()
-    ]
+    assert infer_cp_features(table, metadata=True) == [f"Metadata_{name}" for name in METADATA.values()]
     names = features_of(table).columns.tolist()
     control = (table["Metadata_Compound"] == "DMSO").to_numpy()
     normalized = normalize(path, features=names, samples="Metadata_Compound == 'DMSO'", method="standardize")
