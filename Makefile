@@ -1,6 +1,7 @@
 # Works on a machine with Python >= 3.10, pip and make; safe to repeat, sets up once.
 #   make demo    the whole way on simulated images -> runs/demo/report.html, runs/demo/results.json
 #   make test    every test     make test-fast    without the slow ones     make lint    style
+#   make release RUN=runs/cells NAME=cells LICENSE=apache-2.0    an evaluated run's networks -> release/cells{,-<channel>}
 #   make test-oldest    the fast tests with the oldest versions that setup.cfg promises, in an environment of their own
 #
 # torch is pinned for development; another build, such as a CUDA or CPU wheel index, is one variable away:
@@ -13,7 +14,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 LAUNCH := $(BIN)/accelerate launch --quiet --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: setup demo test test-fast test-oldest lint clean-demo
+.PHONY: setup demo release test test-fast test-oldest lint clean-demo
 
 setup: $(READY)
 
@@ -38,6 +39,14 @@ demo: $(READY)
 	@echo "4/4 Report."
 	@$(BIN)/wsdino-report runs/demo
 	@echo "Done: open runs/demo/report.html; the numbers are in runs/demo/results.json."
+
+DTYPE ?= float16
+
+release: $(READY)
+	@test -n "$(RUN)" -a -n "$(NAME)" -a -n "$(LICENSE)" \
+		|| { echo "Name them: make release RUN=<run folder> NAME=<name> LICENSE=<licence of the weights>"; exit 2; }
+	@$(BIN)/wsdino-push $(RUN) --dry_run release --namespace release --parts models --name $(NAME) \
+		--license $(LICENSE) --weights_dtype $(DTYPE)
 
 test: $(READY)
 	@echo "Style, then every test on two processes."

@@ -2,6 +2,7 @@
 
     wsdino-push runs/demo --dry_run hub               # write the repository folders, and upload nothing
     wsdino-push runs/bbbc021 --namespace my-lab       # create, upload, collect; repeat it after an interruption
+    make release RUN=runs/cells NAME=cells LICENSE=apache-2.0    # networks in half precision -> release/cells*
 
 Every repository is made to hold what is here: files that changed are uploaded, and files that are gone here are
 removed there. So a second push changes nothing, and one that was interrupted continues. A repository of that name with
@@ -22,8 +23,9 @@ from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
 from tqdm.auto import tqdm
 
 from model_cards import architecture_name, dataset_names, metric_card, model_card
+from modeling_wsdino.build_repository import HALF, store_weights
 from wsdino.errors import UserError, command, first_line
-from wsdino.files import read_json
+from wsdino.files import claim_folder, read_json, written_whole
 from wsdino.run_folder import RunFolder
 
 PARTS = ("models", "metric", "dataset")
@@ -63,9 +65,12 @@ def dataset_files(folder: Path) -> list[str]:
 
 def build_repositories(
     run: RunFolder, staging: Path, namespace: str, *, parts: Sequence[str] = PARTS, name: str | None = None,
-    dataset: str | Path | None = None, dataset_on_hub: str | None = None,
+    dataset: str | Path | None = None, dataset_on_hub: str | None = None, license: str = "apache-2.0",
+    weights_dtype: str = "float32",
 ) -> list[Repository]:  # fmt: skip
     """Write the folders of a run's repositories; a dataset is taken where it lies.
+
+    Each folder is written whole. One of an earlier call is replaced; anything else of its name is refused.
 
     Parameters
     ----------
@@ -81,6 +86,10 @@ def build_repositories(
         The built dataset's folder; the one that the run was trained on if not given.
     dataset_on_hub : str, optional
         The dataset's repository for the cards to name, where the dataset is not published with them.
+    license : str
+        Licence of the weights for the models' cards, as the Hub spells it.
+    weights_dtype : {"float32", "float16", "bfloat16"}
+        How the models' weights are stored, see `store_weights`.
 
     Raises
     ------
@@ -102,9 +111,11 @@ def build_repositories(
         repositories.append(Repository(dataset_id, "dataset", Path(dataset), dataset_files(Path(dataset))))
     if "metric" in parts:
         repository = Repository(f"{namespace}/not_same_compound", "space", staging / "not_same_compound")
-        shutil.copytree(METRIC, repository.folder, ignore=lambda _, names: set(names) - set(METRIC_FILES))
-        (repository.folder / "README.md").write_text(metric_card(repository.repo_id), encoding="utf-8")
-        (repository.folder / "index.html").write_text(METRIC_PAGE, encoding="utf-8")
+        claim_folder(repository.folder, METRIC_FILES[0], "metric of wsdino-push")
+        with written_whole(repository.folder) as partial:
+            shutil.copytree(METRIC, partial, ignore=lambda _, names: set(names) - set(METRIC_FILES))
+            (partial / "README.md").write_text(metric_card(repository.repo_id), encoding="utf-8")
+            (partial / "index.html").write_text(METRIC_PAGE, encoding="utf-8")
         repositories.append(repository)
     if "models" in parts:
         models = {f"{name}-{channel}": run.model(channel) for channel in channels}
@@ -113,10 +124,14 @@ def build_repositories(
         for model_name, source in models.items():
             repository = Repository(f"{namespace}/{model_name}", "model", staging / model_name)
             processor = read_json(source / "preprocessor_config.json", fix="finish the run's training")
-            names = {"repo_id": repository.repo_id, "dataset_id": dataset_id, "dataset_name": words}
-            card = model_card(results, _config(source), processor, **names)
-            shutil.copytree(source, repository.folder, ignore=shutil.ignore_patterns("__pycache__", "*.partial", ".*"))
-            (repository.folder / "README.md").write_text(card, encoding="utf-8")
+            about = {"repo_id": repository.repo_id, "dataset_id": dataset_id, "dataset_name": words}
+            about |= {"license": license, "weights_dtype": weights_dtype}
+            card = model_card(results, _config(source), processor, **about)
+            claim_folder(repository.folder, "configuration_wsdino.py", "WS-DINO repository")
+            with written_whole(repository.folder) as partial:
+                shutil.copytree(source, partial, ignore=shutil.ignore_patterns("__pycache__", "*.partial", ".*"))
+                store_weights(partial, weights_dtype)
+                (partial / "README.md").write_text(card, encoding="utf-8")
             repositories.append(repository)
     return repositories
 
@@ -212,14 +227,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dataset", metavar="FOLDER", help="the built dataset; default: the one trained on")
     parser.add_argument("--dataset_on_hub", metavar="ID", help="for cards, when the dataset is not among --parts")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to publish")
+    parser.add_argument("--license", default="apache-2.0", help="of the weights, for the models' cards")
+    parser.add_argument(
+        "--weights_dtype",
+        choices=("float32", *HALF),
+        default="float32",
+        help="how the models' weights are stored; they are loaded as float32",
+    )
     parser.add_argument("--private", action="store_true", help="create private repositories")
     parser.add_argument("--replace", action="store_true", help="delete what others put into a repository of that name")
-    parser.add_argument("--dry_run", type=Path, metavar="DIR", help="write the folders there and upload nothing")
+    parser.add_argument("--dry_run", type=Path, metavar="DIR", help="write the folders there, upload nothing")
     arguments = parser.parse_args(argv)
-    options = {name: getattr(arguments, name) for name in ("name", "dataset", "dataset_on_hub", "parts")}
+    names = ("name", "dataset", "dataset_on_hub", "parts", "license", "weights_dtype")
+    options = {name: getattr(arguments, name) for name in names}
     if arguments.dry_run is not None:
-        if arguments.dry_run.exists() and any(arguments.dry_run.iterdir()):
-            raise UserError(f"--dry_run {arguments.dry_run} is not empty: name a new folder.")
         namespace = arguments.namespace or "your-namespace"
         for repository in build_repositories(arguments.run, arguments.dry_run, namespace, **options):
             print(f"{repository.kind:<8}{repository.repo_id:<60}{repository.folder}")

@@ -53,8 +53,9 @@ RECIPE = {
 
 
 def model_card(
-    results: dict, config: dict, processor: dict, *, repo_id: str, dataset_id: str | None = None, dataset_name: str
-) -> str:
+    results: dict, config: dict, processor: dict, *, repo_id: str, dataset_id: str | None = None, dataset_name: str,
+    license: str = "apache-2.0", weights_dtype: str = "float32",
+) -> str:  # fmt: skip
     """The card of one repository, of one channel or combined.
 
     Parameters
@@ -67,6 +68,10 @@ def model_card(
         Names on the Hub; without a dataset there, None.
     dataset_name : str
         What the data are called in words and in the metadata.
+    license : str
+        Licence of the weights, as the Hub spells it.
+    weights_dtype : str
+        How the weights are stored.
 
     Returns
     -------
@@ -84,9 +89,11 @@ def model_card(
     captions = {name: PROFILE_SETS[name].caption if name in PROFILE_SETS else name for name in results["sets"]}
     monitors = [(channel, results.get("training", {}).get(channel, {}).get("collapse")) for channel in channels]
     init = arguments.get("init")
+    if isinstance(init, str) and Path(init).exists():  # a place on one machine, whose last names say enough
+        arguments = arguments | {"init": "/".join(Path(init).parts[-2:]).lstrip("/")}
     headline = scores.get(results["headline"]["set"], {})
     data = ModelCardData(
-        license="apache-2.0",
+        license=license,
         library_name="transformers",
         pipeline_tag="image-feature-extraction",
         tags=[*TAGS, *(["simulated"] if simulated else [])],
@@ -109,6 +116,7 @@ def model_card(
         comparisons=[(one["nsc"], captions[one["first"]]) for one in results["comparisons"] if combined],
         votes=results["protocol"].get("k", 1),
         share=_share,
+        **{"license": license, "weights_dtype": weights_dtype},
         **{"results": results, "counts": results["counts"], "arguments": arguments, "dataset": dataset},
         **{"config": config, "processor": processor, "channels": channels, "combined": combined},
         **{"simulated": simulated, "repo_id": repo_id, "dataset_id": dataset_id, "dataset_name": dataset_name},

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from wsdino.errors import UserError
 from wsdino.files import claim_folder, write_json, write_text, written_whole
@@ -30,6 +31,7 @@ SHAPE = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "patch_size", "image_size"),
     *("patch_embedding", "layer_norm_eps", "qkv_bias"),
 )
+HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 TILES = ("tiles", "tile_size", "tile_grid", "max_intensity", "intensity_scale", "symmetries")
 
 
@@ -39,6 +41,7 @@ def build_repository(
     image_processor: WSDinoImageProcessor,
     *,
     card: str | None = None,
+    dtype: str = "float32",
 ) -> Path:
     """Write a repository folder for one model, whole or not at all.
 
@@ -55,6 +58,8 @@ def build_repository(
         How its fields become tiles; it is given the model's channel names.
     card : str, optional
         The text of `README.md`.
+    dtype : {"float32", "float16", "bfloat16"}
+        How the weights are stored, see `store_weights`.
 
     Returns
     -------
@@ -80,6 +85,7 @@ def build_repository(
     own = {"impl": "pipeline_wsdino.WSDinoFeatureExtractionPipeline", "pt": ["AutoModel"], "type": "image"}
     with written_whole(folder) as partial:
         model.save_pretrained(partial)
+        store_weights(partial, dtype)
         config = json.loads((partial / "config.json").read_text(encoding="utf-8"))
         config["auto_map"] = {key: code[key] for key in ("AutoConfig", "AutoModel")}
         config["custom_pipelines"] = {task: own for task in ("feature-extraction", "image-feature-extraction")}
@@ -133,6 +139,26 @@ def build_combined_repository(
     for channel, model in models.items():
         combined.towers[channel].load_state_dict(model.state_dict())
     return build_repository(folder, combined.eval(), image_processor, card=card)
+
+
+def store_weights(folder: str | Path, dtype: str) -> None:
+    """Store the weights of a repository in half the bytes; models are loaded as float32, as its config.json says.
+
+    Vectors (biases, norms, running statistics) stay as they are: they are few, and rounding them costs most.
+
+    Parameters
+    ----------
+    folder : str or Path
+        A repository folder with one `model.safetensors`.
+    dtype : {"float32", "float16", "bfloat16"}
+        `float32` changes nothing.
+    """
+    if dtype == "float32":
+        return
+    path = Path(folder) / "model.safetensors"
+    state = load_file(path)
+    state = {name: tensor.to(HALF[dtype]) if tensor.ndim > 1 else tensor for name, tensor in state.items()}
+    save_file(state, path, metadata={"format": "pt"})
 
 
 def check_tile_size(tile_size: int, config: WSDinoConfig) -> None:

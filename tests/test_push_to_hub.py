@@ -14,6 +14,7 @@ import torch
 from hub_server import HubServer
 from huggingface_hub import HfApi, ModelCard, constants
 from test_build_card import CHANNELS, make_results
+from transformers import pipeline
 
 import push_to_hub
 from modeling_wsdino import (
@@ -191,9 +192,31 @@ def test_mistakes_end_the_command_with_status_2_and_one_sentence(run, tmp_path, 
         message = capsys.readouterr().err
         assert ended.value.code == 2 and words in message and message.count("\n") == 1, message
         assert not (tmp_path / "hub").exists()
-    with pytest.raises(SystemExit):
-        push_to_hub.main([str(run), "--dry_run", str(run)])
-    assert "--dry_run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float16", 1e-3), ("bfloat16", 1e-2)])
+def test_a_release_holds_half_the_bytes_and_the_same_features(run, tmp_path, dtype, bound):
+    """Loaded by the literal call, in float32; written over an earlier one, but over nothing of another kind."""
+    flags = ["--dry_run", tmp_path, "--parts", "models", "--name", "cells", "--license", "mit"]
+    field = np.random.default_rng(0).integers(0, 16_000, (3, 80, 90)).astype(np.uint16)
+    features = {}
+    for kind in ("float32", dtype):
+        push_to_hub.main([str(word) for word in [run, *flags, "--weights_dtype", kind]])
+        assert {path.name for path in tmp_path.iterdir()} == {"cells", *(f"cells-{one}" for one in CHANNELS)}
+        extract = pipeline("feature-extraction", model=str(tmp_path / "cells"), trust_remote_code=True)
+        assert extract.model.dtype == torch.float32
+        size = (tmp_path / "cells" / "model.safetensors").stat().st_size
+        features[kind] = (np.array(extract(field)), size)
+    (exact, whole), (close, half) = features.values()
+    assert 0 < np.abs(exact - close).max() < bound * np.abs(exact).max() and half < 0.6 * whole
+    card = ModelCard.load(tmp_path / "cells-dna" / "README.md")
+    assert card.data.license == "mit" and dtype in card.text
+    foreign = tmp_path / "theirs-dna"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("precious")
+    with pytest.raises(SystemExit) as ended:
+        push_to_hub.main([str(word) for word in [run, *flags, "--name", "theirs"]])
+    assert ended.value.code == 2 and [path.name for path in foreign.iterdir()] == ["thesis.txt"]
 
 
 def environment(hub, home, **more):
