@@ -81,6 +81,8 @@ class RawScreen:
         The images are still to be downloaded: do not look for them yet.
     progress : bool
         Show a bar where looking for the images takes long.
+    table : pandas.DataFrame, optional
+        The image table, already read (see :func:`dataset_scripts.screen.read_screen`).
     """
 
     raw: Path
@@ -93,6 +95,7 @@ class RawScreen:
     source: str | None = None
     to_come: bool = False
     progress: bool = False
+    table: pd.DataFrame | None = None
 
     def __post_init__(self):
         self.raw = Path(self.raw)
@@ -103,13 +106,15 @@ class RawScreen:
                 raise ScreenError(f"channel name {channel!r} cannot be a column: use letters, digits and _")
             if channel in screen_features([other for other in self.channels if other != channel]):
                 raise ScreenError(f"channel name {channel!r} is that of another column: choose another name")
+        if self.image_csv is None and self.table is not None:
+            self.image_csv = self.raw
         if self.image_csv is None:
             self.image_csv = self._table("BBBC021_v1_image.csv", self.raw)
         if self.moa_csv is None and self.columns == ScreenColumns():
             self.moa_csv = self._table("BBBC021_v1_moa.csv", self.raw, Path(self.image_csv).parent)
         if self.source is None:
             self.source = self._own_source()
-        table = read_screen(self.image_csv, self.moa_csv, self.columns)
+        table = read_screen(self.image_csv, self.moa_csv, self.columns, self.table)
         self.plates_named = table["plate"].nunique()
         if self.plates:
             absent = sorted(set(self.plates) - set(table["plate"]))

@@ -70,6 +70,7 @@ def build_dataset(
     image_csv=None,
     moa_csv=None,
     columns: ScreenColumns | None = None,
+    table: pd.DataFrame | None = None,
     allow_missing: bool = False,
     illumination: bool = True,
     filter_size: float | None = None,
@@ -98,6 +99,10 @@ def build_dataset(
         Plain or gzipped tables; default: the official names in `raw`.
     columns : ScreenColumns, optional
         Column mapping and channels of another screen.
+    table : pandas.DataFrame, optional
+        The image table, already read, instead of `image_csv`: one row per field, the columns that `columns` names (one
+        column of file names or paths per channel), as text. For messages, `table_file` and `table_line` say where each
+        row came from.
     allow_missing : bool
         Build what is there: a missing channel becomes a null image, a field without images is left out and counted.
     illumination, filter_size, border, resize, interpolation, bits
@@ -159,6 +164,7 @@ def build_dataset(
         source,
         to_come=download,
         progress=progress,
+        table=table,
     )
     if illumination:
         _check_illumination_names(screen)

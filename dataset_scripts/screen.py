@@ -124,7 +124,9 @@ def treatment_name(compound: str, concentration: float) -> str:
     return "DMSO" if compound == "DMSO" else f"{compound}_{concentration:g}"
 
 
-def read_screen(image_csv, moa_csv=None, columns: ScreenColumns | None = None) -> pd.DataFrame:
+def read_screen(
+    image_csv, moa_csv=None, columns: ScreenColumns | None = None, table: pd.DataFrame | None = None
+) -> pd.DataFrame:
     """Read and check the tables of a screen.
 
     Parameters
@@ -133,6 +135,9 @@ def read_screen(image_csv, moa_csv=None, columns: ScreenColumns | None = None) -
         Plain or gzipped CSV. `moa_csv` may be None where the image table has a MOA column, or nothing is annotated.
     columns : ScreenColumns, optional
         Default: the official BBBC021 names.
+    table : pandas.DataFrame, optional
+        The image table itself, already read from `image_csv`: one row per field, the columns that `columns` names, as
+        text. `table_line`, where present, is the line of each row in its file (default: its position, plus 2).
 
     Returns
     -------
@@ -151,7 +156,10 @@ def read_screen(image_csv, moa_csv=None, columns: ScreenColumns | None = None) -
     """
     columns = columns or ScreenColumns()
     image_csv = Path(image_csv)
-    raw = _read_csv(image_csv, "image table")
+    if table is None:
+        raw = _read_csv(image_csv, "image table")
+    else:
+        raw = table.reset_index(drop=True).fillna("").astype(str)
     _require(raw, columns.image_columns(), image_csv)
     if raw.empty:
         raise ScreenError(f"{image_csv} has a header but no rows: give the table of a screen with images")

@@ -7,6 +7,7 @@ import os
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 from datasets import load_dataset
 from PIL import Image
@@ -756,3 +757,10 @@ def test_the_real_tables_and_fields(tmp_path, capsys):
         for channel in ("dna", "tubulin", "actin"):
             if row[channel] is not None:
                 assert np.asarray(row[channel]).shape == (512, 640)
+
+
+def test_a_table_in_memory_builds_what_its_file_builds(raw, built, tmp_path):
+    table = pd.read_csv(raw / "BBBC021_v1_image.csv", dtype=str, keep_default_na=False)
+    build_dataset(raw, tmp_path / "out", table=table, moa_csv=raw / "BBBC021_v1_moa.csv", progress=False)
+    for path in built.rglob("*.parquet"):
+        assert (tmp_path / "out" / path.relative_to(built)).read_bytes() == path.read_bytes()
