@@ -5,6 +5,7 @@ from importlib import import_module
 
 # Modules are named rather than imported: a command loads no other one, and the ground floor imports no room.
 COMMANDS = {
+    "pretrain": "pretrain_simulated",
     "train": "train_accelerate",
     "extract": "extract_profiles",
     "evaluate": "evaluation_wsdino.evaluate_profiles",
