@@ -6,6 +6,7 @@ wsdino-train --preset cells --init 'runs/simulated_start/{channel}/model' --data
 
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -87,12 +88,8 @@ def pretrain(settings: StartSettings) -> None:
         words = {"numbers": cells.numbers.shape[1], "source": SOURCE[s.source], "cells": len(cells.planes)}
         words |= {"phenotypes": s.phenotypes, "steps": s.max_steps, "batch": s.per_device_train_batch_size}
         card = CARD.format(channel=channel, **words)
-        on_main_process(
-            accelerator,
-            lambda folder=folder, trained=trained, card=card: build_repository(
-                folder / "model", trained, processor, card=card
-            ),
-        )
+        save = partial(build_repository, folder / "model", trained, processor, card=card)
+        on_main_process(accelerator, save)
     accelerator.print(f"Trained {', '.join(s.channels)} on drawn (simulated) cells into {run}.")
     accelerator.end_training()
 

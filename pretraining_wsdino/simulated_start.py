@@ -26,9 +26,7 @@ from .phenotypes import PhenotypeGroupSampler, PhenotypeLoss, standardised_logs
 class StartSettings:
     """Settings of `wsdino-pretrain`."""
 
-    output_dir: str = setting(
-        "runs/simulated_start", "Run folder; each channel's start is written to <channel>/model."
-    )
+    output_dir: str = setting("runs/simulated_start", "Run folder; a channel's start is written to <channel>/model.")
     channels: list[str] = setting(["dna", "tubulin", "actin"], "Channels to train, one network each.")
     drawn_cells: str = setting("data/drawn_cells", "Folder of drawn cells; what is absent is drawn first.")
     source: Literal["mechanisms", "ranges"] = setting(
@@ -43,9 +41,7 @@ class StartSettings:
     patch_size: int = setting(8, "Patch side in pixels.", low=1)
     patch_embedding: Literal["linear", "convolutional"] = setting("convolutional", "How patches become tokens.")
     crop_size: int = setting(64, "Side of a crop that the network sees, in pixels.", low=1)
-    crop_area: list[float] = setting(
-        [0.6, 1.0], "Smallest and largest share of a drawn cell's image.", above=0, high=1
-    )
+    crop_area: list[float] = setting([0.6, 1.0], "Smallest and largest share of a drawn cell.", above=0, high=1)
     brightness_sd: float = setting(0.3, "SD of the natural logarithm of a crop's random change of brightness.", low=0)
     max_intensity: float = setting(10_000.0, "Counts that become 1.0 before the logarithm.", above=0)
     group_size: int = setting(2, "Cells of one phenotype and optics whose features are averaged for InfoNCE.", low=1)
