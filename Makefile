@@ -1,6 +1,6 @@
 # Works on a machine with Python >= 3.10, pip and make; safe to repeat, sets up once.
 #   make demo    the whole way on simulated images -> runs/demo/report.html, runs/demo/results.json
-#   make test    every test     make test-fast    without the slow ones     make lint    style
+#   make test    every test     make test-fast    without the slow ones     make lint    style and types
 #   make release RUN=runs/cells NAME=cells LICENSE=apache-2.0    an evaluated run's networks -> release/cells{,-<channel>}
 #   make test-oldest    the fast tests with the oldest versions that setup.cfg promises, in an environment of their own
 #
@@ -12,6 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 LAUNCH := $(BIN)/accelerate launch --quiet --num_machines 1 --mixed_precision no --dynamo_backend no
 
 .PHONY: setup demo release test test-fast test-oldest lint clean-demo
@@ -30,7 +31,7 @@ $(READY): setup.cfg pyproject.toml
 	@echo "$(VENV) is ready."
 
 demo: $(READY)
-	@echo "1/4 Training: simulates a small screen if there is none, then one network a channel."
+	@echo "1/4 Training: simulates a small screen if there is none, then one network per channel."
 	@$(LAUNCH) train_accelerate.py --preset demo --resume
 	@echo "2/4 Profiles of every field, by the trained and an untrained network and by intensity statistics."
 	@$(BIN)/wsdino-extract runs/demo
@@ -48,13 +49,12 @@ release: $(READY)
 	@$(BIN)/wsdino-push $(RUN) --dry_run release --namespace release --parts models --name $(NAME) \
 		--license $(LICENSE) --weights_dtype $(DTYPE)
 
-test: $(READY)
-	@echo "Style, then every test on two processes."
-	@$(BIN)/ruff check .
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+test: lint
+	@echo "Every test on two processes; the ten slowest are listed at the end."
+	@$(PYTEST) --durations=10
 
 test-fast: $(READY)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	@$(PYTEST) -m "not slow"
 
 OLDEST := .venv-oldest
 OLDEST_PIP := $(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --cache-dir $(OLDEST)/.pip-cache
@@ -77,6 +77,7 @@ test-oldest: $(OLDEST)/.ready
 lint: $(READY)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
 
 clean-demo:
 	@rm -rf runs/demo data/simulated_demo data/simulated_demo_raw

@@ -1,4 +1,4 @@
-"""How many fields a second does the pipeline extract, against the plain way, and are the features the same?
+"""Fields per second that the pipeline and the plain way extract, and whether their features are the same.
 
     python benchmarks/extraction.py --threads 2
     python benchmarks/extraction.py --device cuda --dtype bfloat16 --fields 256 --batch_size 32

@@ -1,4 +1,4 @@
-"""The paper's Table 1 on a SIMULATED screen: do weak labels help, against the spread of the seeds and fixed controls?
+"""The paper's Table 1 on a SIMULATED screen: weak labels against the spread of the seeds and fixed controls.
 
     python benchmarks/simulated_table.py --folder runs/table                 # small ViT, two CPU cores, hours
     python benchmarks/simulated_table.py --folder runs/table --gpu           # ViT-S/8 on one GPU
@@ -180,7 +180,7 @@ def values_of(scores: dict[int, dict], measure: str) -> dict[int, float]:
 
 
 def paired(first: dict[int, dict], second: dict[int, dict], measure: str) -> dict | None:
-    """second - first over the seeds that both have: mean, SD, 95 % t interval, p; of NSC and NSCB each seed's exact p.
+    """Second minus first over common seeds: mean, SD, 95 % t interval, p; of NSC and NSCB each seed's exact p.
 
     None where they share no seed.
     """

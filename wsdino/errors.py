@@ -4,6 +4,7 @@ import errno
 import functools
 import sys
 from collections.abc import Callable
+from typing import Any
 
 # errno values that mean: a path that the user named cannot be read or written.
 PATH_ERRORS = {
@@ -49,7 +50,7 @@ def command(name: str) -> Callable:
 
     def decorate(main: Callable) -> Callable:
         @functools.wraps(main)
-        def run(argv: list[str] | None = None):
+        def run(argv: list[str] | None = None) -> Any:
             try:
                 return main(argv)
             except (UserError, OSError) as error:

@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable
 from datetime import timedelta
+from types import FrameType
 from typing import Any
 
 import torch
@@ -102,19 +103,19 @@ class Interruption:
     The second signal ends the process at once with its default action.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.signal: int | None = None
 
-    def __enter__(self):
+    def __enter__(self) -> "Interruption":
         self._old = {kind: signal.signal(kind, self._note) for kind in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def _note(self, kind, frame):
+    def _note(self, kind: int, frame: FrameType | None) -> None:
         if self.signal is not None:
             signal.signal(kind, signal.SIG_DFL)
             os.kill(os.getpid(), kind)
         self.signal = kind
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         for kind, handler in self._old.items():
             signal.signal(kind, handler)

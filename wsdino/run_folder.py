@@ -80,26 +80,32 @@ class RunFolder:
 
     @property
     def settings_file(self) -> Path:
+        """What the run was started with: arguments, versions, dataset."""
         return self.path / "settings.json"
 
     @property
     def lock_file(self) -> Path:
+        """Held by the process that trains in the folder."""
         return self.path / ".lock"
 
     @property
     def results_file(self) -> Path:
+        """Scores of an evaluated run."""
         return self.path / "results.json"
 
     @property
     def report_file(self) -> Path:
+        """The page of the run."""
         return self.path / "report.html"
 
     @property
     def pictures(self) -> Path:
+        """Folder of fields and attention maps."""
         return self.path / "pictures"
 
     @property
     def profiles(self) -> Path:
+        """Folder of the profile sets."""
         return self.path / "profiles"
 
     def profile_file(self, name: str) -> Path:
@@ -124,6 +130,7 @@ class RunFolder:
         return self.path / channel / "initial"
 
     def metrics_file(self, channel: str) -> Path:
+        """Losses and monitors of a channel, one JSON object per line."""
         return self.path / channel / "metrics.jsonl"
 
     def checkpoints(self, channel: str) -> list[Path]:
@@ -131,6 +138,7 @@ class RunFolder:
         return sorted((self.path / channel / "checkpoints").glob("step_" + "[0-9]" * 8), reverse=True)
 
     def checkpoint(self, channel: str, step: int) -> Path:
+        """Folder of the checkpoint that a channel wrote after `step` optimiser steps."""
         return self.path / channel / "checkpoints" / f"step_{step:08d}"
 
     def settings(self) -> dict:

@@ -19,7 +19,7 @@ BOUNDS = (
 
 
 def setting(default: Any, help: str, *, low: float | None = None, above: float | None = None,
-            high: float | None = None, below: float | None = None):  # fmt: skip
+            high: float | None = None, below: float | None = None) -> Any:  # fmt: skip
     """A dataclass field with its `--help` text and the bounds of its number, or of each number of a list.
 
     Parameters
