@@ -1,1 +1,1 @@
-"""What was measured, one file a question; a package, so that no installed one of this name takes its place."""
+"""What was measured, one file per question; a package, so that no installed package of this name takes its place."""

@@ -1,4 +1,4 @@
-"""How fast is the data room? Planes a second for building and reading, and peak memory, beside the plain ways.
+"""How fast is the data room? Planes per second for building and reading, and peak memory, beside the plain ways.
 
     python benchmarks/data.py build --plates 2 --fields 120 --workers 2
     python benchmarks/data.py read
@@ -242,7 +242,7 @@ def read(args):
 
         ways = {
             "plain: whole image for each crop": plain,
-            "plain: whole image once a file": lambda pairs: plain(pairs, once=True),
+            "plain: whole image once per file": lambda pairs: plain(pairs, once=True),
             "PNG from Parquet, decoding only": lambda pairs: [
                 data.image(i, "tubulin") for pair in pairs for i in pair[2:]
             ],
@@ -266,7 +266,7 @@ def read(args):
         reference = statistics.median(times["plain: whole image for each crop"])
         for name, values in times.items():
             middle = statistics.median(values)
-            print(f"{name:40s} {1e3 * middle:7.2f} ms an item, {reference / middle:6.1f} x")
+            print(f"{name:40s} {1e3 * middle:7.2f} ms per item, {reference / middle:6.1f} x")
         print(f"crops differ from the plain ones by {max(differences):.1e} at most")
 
 

@@ -96,7 +96,7 @@ def floating_operations(tokens: int = 785, width: int = 384, depth: int = 12) ->
 
 
 def matmul_rate(device: str, dtype: torch.dtype) -> float:
-    """Operations a second of this machine's own matrix product, in the MLP's shape: the best of several."""
+    """Operations per second of this machine's own matrix product, in the MLP's shape: the best of several."""
     size = 4096 if torch.device(device).type == "cuda" else 785
     left = torch.randn(size * 4, 384, device=device, dtype=dtype)
     right = torch.randn(384, 1536, device=device, dtype=dtype)

@@ -6,7 +6,8 @@
 A tiny screen is simulated; one run is left alone, another is killed (SIGKILL) again and again and resumed after each:
 at random moments, inside checkpoint writes and inside evaluations by turns. Both must end with the same weights to the
 bit, and the same log but for its timings. With two processes (gloo) one of them is killed, the other must end by
-itself; and a run begun on two processes goes on on one, with the same global batches and nearly the same losses.
+itself; and a run that was started on two processes continues on one, with the same global batches and nearly the same
+losses.
 """
 
 import argparse
@@ -180,7 +181,7 @@ def main() -> None:
         f"{time.perf_counter() - start:.0f} s"
     )
     if "on_one" in seen:
-        print(f"begun on two, finished on one: losses differ by at most {100 * seen['on_one']:.2g} %")
+        print(f"started on two, finished on one: losses differ by at most {100 * seen['on_one']:.2g} %")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python benchmarks/metric.py            # 103 and 2,000 treatments, then 20,000 in a process of its own
     python benchmarks/metric.py --quick    # without the 20,000
 
-Prints one JSON line a question.
+Prints one JSON line per question.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from evaluation_wsdino.not_same_compound import not_same_compound  # noqa: E402
 
 
 def screen(treatments, dimensions=1152, seed=0):
-    """Profiles, moas, compounds and batches: 12 MOAs, about three treatments a compound, 10 batches, a weak signal."""
+    """Profiles, moas, compounds and batches: 12 MOAs, about 3 treatments per compound, 10 batches, a weak signal."""
     rng = np.random.default_rng(seed)
     compound = rng.integers(0, max(24, treatments // 3), size=treatments)
     moa = compound % 12

@@ -1,8 +1,8 @@
 """WS-DINO's training step in its plainest form: the oracle of the tests and the baseline of the benchmarks.
 
 Written from the papers (Caron et al. 2021; Cross-Zamirski et al. 2022) for reading, not for speed: gray images
-replicated to RGB and convolved, softmax attention written out, every block over every token, one loss a pair of views,
-AdamW and the teacher's average one parameter at a time. It shares no code with the packages of this project.
+replicated to RGB and convolved, softmax attention written out, every block over every token, one loss per pair of
+views, AdamW and the teacher's average one parameter at a time. It shares no code with the packages of this project.
 """
 
 import math

@@ -51,7 +51,7 @@ SCREEN = {
 }
 SIZES = {
     # What is simulated, and the flags of every run. The small fields are the real ones at 1 / 3.2 of their resolution
-    # (160 x 200 pixels once halved, for 512 x 640): as many cells a field, a crop and a tile. Patches of 4 pixels in
+    # (160 x 200 pixels once halved, for 512 x 640): as many cells per field, crop and tile. Patches of 4 pixels in
     # place of 8, since cells are that much smaller; RESULTS.md says what patches of 8 and half the steps gave.
     "small": (
         {"scale": 1 / 3.2},
@@ -83,7 +83,7 @@ MEASURES = {
 BASELINES = ("intensity", "nuclei", "untrained", "initial")  # what no training changes
 # Fixed before any run, reported whatever they show.
 CONTROLS = {
-    "shuffled": ["--weak_label", "shuffled"],  # compound labels dealt to the wrong fields: no gain expected
+    "shuffled": ["--weak_label", "shuffled"],  # compound labels assigned to the wrong fields: no gain expected
     "any_image": ["--pair_constraint", "none"],  # partner may be the anchor, as in the released code's 4 %
     "other_image": ["--pair_constraint", "image"],
     "other_well": ["--pair_constraint", "well"],
@@ -130,7 +130,7 @@ def make_screen(folder: Path, design: dict, seed: int, **changes) -> Path:
 
 
 def run_cell(run: Path, screen: Path, flags: list[str], seed: int) -> None:
-    """Train, extract and evaluate one cell, as far as it is not done; one that another process runs is left to it."""
+    """Train, extract and evaluate one cell, as far as it is not done; a cell that another process runs is skipped."""
     run.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(f"{run}.lock", timeout=0):

@@ -5,7 +5,7 @@
     python -m benchmarks.train_step --gpu           # batch 16, float32 and bf16 against plain float32
     python -m benchmarks.train_step --data          # what the loader costs beside the step
 
-Plain is `benchmarks/plain_dino.py`: softmax attention written out, one loss a pair of views, AdamW and the teacher's
+Plain is `benchmarks/plain_dino.py`: softmax attention written out, one loss per pair of views, AdamW and the teacher's
 average one parameter at a time, memory as the system gives it. A step is everything from cut windows to the moved
 teacher. Each kind lives in a process of its own and they take turns; figures are medians, and the share is of the
 matrix-product rate measured between the turns, with the operations that the plain step needs. All start from the same
@@ -56,7 +56,7 @@ def operations(a, hidden: int, layers: int, ratio: float = 4.0) -> float:
 
 
 def matmul_rate(device: str, dtype: torch.dtype, size: int, repeats: int = 5) -> float:
-    """Operations a second of a square matrix product, the best of a few."""
+    """Operations per second of a square matrix product, the best of a few."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     times = []
     for _ in range(repeats):
@@ -166,7 +166,7 @@ def cpuinfo() -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch_size", type=int, help="pairs a step: 2 on a CPU, 16 on a GPU if not given")
+    parser.add_argument("--batch_size", type=int, help="pairs per step: 2 on a CPU, 16 on a GPU if not given")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each kind, after one that warms up")
     parser.add_argument("--gpu", action="store_true", help="run on the GPU and time bf16 as well")
     parser.add_argument("--bf16", action="store_true", help="time bf16 on a CPU, too")
@@ -217,12 +217,12 @@ def main() -> None:
         turned = largest_gradient_difference(*gradients)
         figures |= {"largest loss difference, float32": difference, "largest gradient difference, float32": turned}
         work = operations(arguments, arguments.hidden_size, arguments.num_hidden_layers) * batch
-        print(f"{figures['hardware']}; batch {batch}, {work / batch / 1e9:.0f} GFLOP an image")
+        print(f"{figures['hardware']}; batch {batch}, {work / batch / 1e9:.0f} GFLOP per image")
         plain_time = statistics.median(times["plain float32"][1:])
         for kind, seconds in times.items():
             median, rate = statistics.median(seconds[1:]), statistics.median(rates[kind.split()[1]])
             share, speedup = work / median / rate, plain_time / median
-            figures[kind] = {"seconds a step": median, "share of matmul rate": share, "speed-up": speedup}
+            figures[kind] = {"seconds per step": median, "share of matmul rate": share, "speed-up": speedup}
             print(
                 f"{kind:14} {median:7.3f} s/step  {batch / median:8.2f} images/s  {work / median / 1e9:7.0f} GFLOP/s "
                 f"= {share:4.0%} of the matmul rate ({rate / 1e9:.0f}), {speedup:5.2f}x"

@@ -297,7 +297,7 @@ def test_a_low_ratio_is_no_suspicion_where_random_weights_have_it_too():
 
 
 def test_batch_effect_on_fields_the_normalization_has_not_seen():
-    """Control fields of twelve batches that differ by a shift alone, twelve fields a plate."""
+    """Control fields of twelve batches that differ by a shift alone, twelve fields per plate."""
     rng = np.random.default_rng(0)
     rows = [(f"Week{b}_1", f"B{w:02d}", s, "DMSO", f"Week{b}") for b in range(12) for w in range(6) for s in (1, 2)]
     frame = pd.DataFrame(rows, columns=[f"Metadata_{name}" for name in ("Plate", "Well", "Site", "Compound", "Batch")])

@@ -83,7 +83,7 @@ def precision(dtype):
 
 
 def test_its_steps_equal_those_of_the_packages(example, tiny_screen, monkeypatch, capsys):
-    """Crops, then three steps' losses and weights within 1e-5; the run goes on to its end."""
+    """Crops, then three steps' losses and weights within 1e-5; the run continues to its end."""
     crops, train_step, ours, losses = example.crops, example.train_step, {}, []
 
     @precision(torch.float32)

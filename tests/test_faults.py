@@ -37,7 +37,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_never_was(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_of_which_one_is_killed_end_as_if_it_never_was(tmp_path):
-    """The other ends by itself; begun on two and finished on one, the losses are nearly the same."""
+    """The other ends by itself; started on two and finished on one, the losses are nearly the same."""
     seen = kill_and_resume(tmp_path, kills=3, epochs=20, seed=1, longest=4.0, processes=2)
     assert seen["kills"] >= 2 and seen["on_one"] < 1e-3
 

@@ -351,7 +351,7 @@ def test_tiny_and_huge_vectors_keep_their_direction():
 
 
 def test_a_far_treatment_makes_no_ties_of_near_ones_under_euclidean():
-    """Squared distances by products round at the scale of the farthest profile; what is near is told apart anew."""
+    """Squared distances by products round at the scale of the farthest profile; near ones are compared again."""
     profiles = [[0.0, 0.0], [0.0, 1.0], [0.0, 1.000001], [1e6, 0.0]]
     moas, compounds = ["x", "x", "y", "y"], ["a", "b", "c", "d"]
     for k in (1, 2):
@@ -431,7 +431,7 @@ def test_the_metric_gathers_batches_and_forgets_them(metric):
 
 
 def test_the_metric_keeps_double_precision(metric):
-    """1e-9 apart is told apart, which float32 would round away."""
+    """Profiles 1e-9 apart are distinguished, which float32 would round away."""
     table = toy()
     table["predictions"] = [[1.0, 0.0], [1.0, 1e-5], [1.0, 1.01e-5], [0.0, 1.0]]
     table["references"] = ["x", "x", "y", "y"]

@@ -178,7 +178,7 @@ def test_bad_input_is_refused_in_a_sentence(arguments, sentence):
 
 
 def batches_of(sampler, processes, batch_size, accumulation, steps):
-    """All processes' micro-batches, joined to one list of pairs a step."""
+    """All processes' micro-batches, joined to one list of pairs per step."""
     parts = [
         list(
             PairBatchSampler(

@@ -200,7 +200,7 @@ def test_unusable_tables_are_refused_in_a_sentence(tmp_path, kind, message):
     ],
 )
 def test_tables_that_were_not_read_from_a_file_are_checked_too(kind, message):
-    """A mean would pass over NaN, and count a field given twice twice."""
+    """A mean would skip NaN, and count a field that is given twice two times."""
     with pytest.raises(ProfileError, match=message):
         aggregate_profiles(spoil(kind))
     if kind == "nan":

@@ -109,7 +109,7 @@ def test_only_what_the_build_wrote_is_published_of_a_dataset(hub, push, run, tin
 
 
 def test_files_that_another_put_there_stay(hub, push):
-    """A lab may have a repository of that very name, whose files are none of the run's."""
+    """A lab may have a repository of that very name, with files that the run did not write."""
     name, flags = ("space", "lab/not_same_compound"), ("--parts", "metric")
     hub.fail = ("POST", "not_same_compound/commit", 403)  # what a new Space shows is nobody's work
     push(*flags, fails=True)

@@ -309,7 +309,7 @@ train_accelerate.main(sys.argv[1:])
 
 
 def test_a_run_resumes_on_its_own_dataset(tiny_screen, tmp_path, capsys, monkeypatch):
-    """Without --dataset it goes on with the recorded one, not a simulated; another number of fields is refused."""
+    """Without --dataset it continues with the recorded one, not a simulated; another number of fields is refused."""
     monkeypatch.chdir(tmp_path)
     fields = datasets.load_dataset(str(tiny_screen), "annotated", split="train")
     fields.to_parquet(tmp_path / "screen" / "train.parquet")
@@ -601,7 +601,8 @@ def test_two_processes_train_as_one(tiny_screen, tmp_path, centering):
     """Same global batch on one process and on two (gloo): equal weights within float32's rounding, in every channel.
 
     KoLeo is left out: it looks for neighbours among each process's own images, as in DINOv2. The learning rate is low
-    because AdamW moves weights whose true gradient is 0 (a key's bias) by rounding noise, a whole rate a step.
+    because AdamW moves weights whose true gradient is 0 (a key's bias) by rounding noise, a whole learning
+    rate per step.
     """
     flags = ["--dataset", str(tiny_screen), *SMALL, "--channels", "dna", "tubulin", "--epochs", "2"]
     flags += ["--centering", centering, "--koleo_weight", "0", "--learning_rate", "1e-4"]

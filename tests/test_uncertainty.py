@@ -127,7 +127,7 @@ def test_the_permutation_null_is_of_the_vote_where_several_neighbours_vote():
 
 
 def test_the_permutation_null_of_a_compound_with_two_mechanisms():
-    """As of one that hits another target at a higher dose: each of its mechanisms is dealt for itself."""
+    """As of one that hits another target at a higher dose: each of its mechanisms is shuffled by itself."""
     many = queries(list("xyxy"), [2, 3, 0, 1])
     many[1]["compound"] = many[0]["compound"]
     null = permutation_null(many, draws=20_000)
