@@ -6,7 +6,8 @@ neighbours share borders as in a monolayer.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import lru_cache
 
 import numpy as np
 from scipy import ndimage
@@ -36,6 +37,18 @@ class Cells:
     nucleus_row: np.ndarray
     nucleus_column: np.ndarray
     nucleus_radius: np.ndarray
+
+    def around(self, corner: np.ndarray, image_size: tuple[int, int]) -> Cells:
+        """The cells that reach into a window of `image_size` whose first pixel is `corner`, in its coordinates."""
+        reach = self.outline.max(axis=1) + 1
+        near = np.ones(len(self.row), bool)
+        for place, start, side in zip((self.row, self.column), corner, image_size, strict=True):
+            near &= (place + reach >= start) & (place - reach < start + side)
+        cut = {field.name: getattr(self, field.name)[near] for field in fields(self)}
+        for name, start in zip(("row", "column"), corner, strict=True):
+            cut[name] = cut[name] - start
+            cut[f"nucleus_{name}"] = cut[f"nucleus_{name}"] - start
+        return Cells(**cut)
 
 
 def expected_cells(high: float, wide: float, phenotype: Phenotype, optics: Optics, scale: float = 1.0) -> float:
@@ -91,7 +104,9 @@ def place_cells(
     radius = np.where(rounded, 25.0 * scale * optics.cell_size * size**0.5, radius)
     elongation = np.where(rounded, 1.05, elongation)
     flat = np.where(rounded, 0.0, 1.0)
-    lobes = waves(rng, 0.02 + 0.06 * flat, (2, 5)) + waves(rng, 0.3 * phenotype.spikes * flat, (12, 40))
+    lobes = waves(rng, 0.02 + 0.06 * flat, (2, 5)) + waves(
+        rng, 0.3 * phenotype.spikes * (1 - phenotype.smoothness) * flat, (12, 40)
+    )
     lobes += _corners(rng, 2.6 * phenotype.spikes * flat)
     outline = ellipses(radius, elongation, angle) * np.exp(0.9 * np.tanh(lobes / 0.9))
     outline *= (radius / np.sqrt((outline**2).mean(axis=1)))[:, None]  # corners must not make cells larger
@@ -139,8 +154,12 @@ def _corners(rng, amplitude) -> np.ndarray:
     height *= rng.uniform(size=height.shape) < 0.75
     where = rng.uniform(0, 2 * np.pi, size=height.shape)
     sharp = rng.uniform(8, 30, size=height.shape)
-    bumps = np.exp(sharp[:, :, None] * (np.cos(theta - where[:, :, None]) - 1))
-    return np.einsum("cs,cst->ct", height, bumps)
+    total = np.zeros((len(amplitude), ANGLES))
+    for corner in range(height.shape[1]):
+        (some,) = np.nonzero(height[:, corner])  # a quarter are left out, and rounded cells have none
+        away = np.cos(theta - where[some, corner, None]) - 1
+        total[some] += height[some, corner, None] * np.exp(sharp[some, corner, None] * away)
+    return total
 
 
 def cell_map(cells: Cells, image_size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -161,6 +180,7 @@ def cell_map(cells: Cells, image_size: tuple[int, int]) -> tuple[np.ndarray, np.
     if len(cells.row):
         largest = int(np.ceil(cells.outline.max())) + 1
         distance, bins = polar_window(largest)
+        largest = len(distance) // 2
         inverse = (1 / cells.outline).astype(np.float32)
         for i in range(len(cells.row)):
             reach = int(np.ceil(cells.outline[i].max())) + 1
@@ -184,7 +204,15 @@ def cell_map(cells: Cells, image_size: tuple[int, int]) -> tuple[np.ndarray, np.
 
 
 def polar_window(reach: int) -> tuple[np.ndarray, np.ndarray]:
-    """Distance (pixels) and angle bin of every offset up to `reach` pixels; windows around cells are cut from them."""
+    """Distance (pixels) and angle bin of every offset up to `reach` pixels or a little more.
+
+    Windows around cells are cut from them; they are kept, so nothing may be written into them.
+    """
+    return _polar_window(reach + -reach % 16)
+
+
+@lru_cache(maxsize=16)
+def _polar_window(reach: int) -> tuple[np.ndarray, np.ndarray]:
     axis = np.arange(-reach, reach + 1)
     dy, dx = np.meshgrid(axis, axis, indexing="ij")
     distance = np.hypot(dy, dx).astype(np.float32)

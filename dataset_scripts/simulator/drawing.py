@@ -7,9 +7,12 @@ import numpy as np
 from .actin import draw_actin
 from .cells import Cells, cell_map, expected_cells, place_cells
 from .nuclei import draw_nuclei
-from .optics import Optics, photograph
+from .optics import Optics, damage, photograph
 from .phenotypes import Phenotype
+from .surroundings import SURROUNDINGS, draw_surroundings
 from .tubulin import draw_tubulin
+
+MARGIN = 14  # pixels drawn around a crop: 68 + 2 * 14 = 96 is a fast size for Fourier transforms
 
 
 def draw_field(
@@ -37,7 +40,8 @@ def draw_field(
     numpy.ndarray
         `(3, rows, columns)` uint16 in the order DNA, tubulin, actin, every value a multiple of 16.
     """
-    return _draw(rng, image_size, phenotype, optics, scale)[0]
+    cells = place_cells(rng, image_size, phenotype, optics, scale)
+    return _draw(rng, cells, image_size, phenotype, optics, scale)
 
 
 def draw_crops(
@@ -48,7 +52,7 @@ def draw_crops(
     size: int = 68,
     jitter: float = 4.0,
 ) -> np.ndarray:
-    """Draw one field, large enough for about `count` cells, and cut crops around its nuclei.
+    """Place the cells of a field, large enough for about `count` of them, and draw crops around its nuclei.
 
     Parameters
     ----------
@@ -73,21 +77,31 @@ def draw_crops(
     # A population sparser than a quarter of a monolayer would need too large a field: it gives fewer crops.
     per_pixel = max(expected_cells(1, 1, phenotype, optics), expected_cells(1, 1, Phenotype(density=0.25), Optics()))
     side = int(np.ceil(np.sqrt(1.5 * count / per_pixel))) + size
-    planes, cells = _draw(rng, (side, side), phenotype, optics, 1.0)
+    cells = place_cells(rng, (side, side), phenotype, optics, 1.0)
     order = rng.permutation(len(cells.row))
     shift = rng.uniform(-jitter, jitter, (len(order), 2))
     middle = np.stack([cells.nucleus_row, cells.nucleus_column], axis=1)[order] + shift
     corner = np.rint(middle).astype(int) - size // 2
     corner = corner[((corner >= 0) & (corner <= side - size)).all(axis=1)][:count]
-    crops = [planes[:, row : row + size, column : column + size] for row, column in corner]
-    return np.stack(crops) if crops else np.empty((0, 3, size, size), np.uint16)
+    # Only the crops are drawn, each with a margin for blurs, and so not what lies between them.
+    crops = np.empty((len(corner), 3, size, size), np.uint16)
+    inner = np.s_[MARGIN : MARGIN + size]
+    window = (size + 2 * MARGIN, size + 2 * MARGIN)
+    for crop, place in zip(crops, corner, strict=True):
+        near = cells.around(place - MARGIN, window)
+        crop[:] = _draw(rng, near, window, phenotype, optics, 1.0)[:, inner, inner]
+        if rng.uniform() < optics.damaged:
+            damage(rng, crop)
+    return crops
 
 
-def _draw(rng, image_size, phenotype, optics, scale) -> tuple[np.ndarray, Cells]:
-    """The planes of one field, and the geometry of the cells in it."""
-    cells = place_cells(rng, image_size, phenotype, optics, scale)
+def _draw(rng, cells: Cells, image_size, phenotype, optics, scale) -> np.ndarray:
+    """The planes of one field with these cells."""
     label, depth, rim = cell_map(cells, image_size)
     dna, nuclear = draw_nuclei(rng, cells, phenotype, image_size, scale)
-    tubulin = draw_tubulin(rng, cells, phenotype, label, depth, nuclear, scale)
+    tubulin = draw_tubulin(rng, cells, phenotype, label, depth, rim, nuclear, scale)
     actin = draw_actin(rng, cells, phenotype, label, depth, rim, scale)
-    return photograph(rng, (dna, tubulin, actin), optics, scale), cells
+    signals = (dna, tubulin, actin)
+    if any(getattr(phenotype, name) for name in SURROUNDINGS):
+        signals = draw_surroundings(rng, np.stack(signals), cells, phenotype, label, depth, scale)
+    return photograph(rng, signals, optics, scale)

@@ -7,6 +7,7 @@ from scipy import ndimage
 
 from .cells import Cells, ellipses, polar_window, waves, windows
 from .phenotypes import Phenotype
+from .textures import grain
 
 
 def draw_nuclei(
@@ -18,12 +19,14 @@ def draw_nuclei(
     fine = ndimage.gaussian_filter(rng.standard_normal(image_size, dtype=np.float32), 1.6 * scale)
     fine /= max(float(fine.std()), 1e-6)
 
-    bodies = []  # row, column, radius, elongation, irregularity, brightness, ring, nucleoli
+    bodies = []  # row, column, radius, elongation, irregularity, brightness, ring, nucleoli; of some, angle and dome
     for i in range(len(cells.row)):
         y, x, r = cells.nucleus_row[i], cells.nucleus_column[i], cells.nucleus_radius[i]
         bright = phenotype.nucleus_brightness * np.exp(rng.normal(0, 0.18))
         draw = rng.uniform(size=3)
-        if cells.monopolar[i]:
+        if cells.rounded[i] and phenotype.figures and rng.uniform() < phenotype.figures:
+            bodies += _figure(rng, y, x, scale)
+        elif cells.monopolar[i]:
             bodies.append((y, x, 15.0 * scale, 1.1, 0.12, 3.0, True, 0))
         elif cells.rounded[i]:
             if draw[0] < 0.5:  # a metaphase plate
@@ -31,14 +34,14 @@ def draw_nuclei(
             else:  # a condensed, dying nucleus
                 bodies.append((y, x, 12.0 * scale, 1.2, 0.10, 2.8, False, 0))
         elif draw[1] < phenotype.fragmented:
-            pieces = max(2, rng.poisson(phenotype.fragments))
+            packing = phenotype.packing
+            pieces = max(2, rng.poisson(phenotype.fragments * (1 + packing)))
             share = rng.dirichlet(np.full(pieces, 2.5))
             for part in share:
-                away, angle = 1.15 * r * np.sqrt(rng.uniform(0.05, 1)), rng.uniform(0, 2 * np.pi)
-                size = max(1.25 * r * np.sqrt(part), 2.2 * scale)
-                bodies.append(
-                    (y + away * np.sin(angle), x + away * np.cos(angle), size, 1.2, 0.08, 1.15 * bright, False, 0)
-                )
+                away, angle = (1.15 - 0.3 * packing) * r * np.sqrt(rng.uniform(0.05, 1)), rng.uniform(0, 2 * np.pi)
+                size = max((1.25 + 0.4 * packing) * r * np.sqrt(part), 2.2 * scale)
+                place = (y + away * np.sin(angle), x + away * np.cos(angle))
+                bodies.append((*place, size, 1.2, 0.08, 1.15 * bright, False, 0, np.nan, 0.6 * packing))
         elif draw[1] < phenotype.fragmented + phenotype.binucleate:
             angle = rng.uniform(0, 2 * np.pi)
             for side in (-0.8, 0.8):
@@ -50,12 +53,18 @@ def draw_nuclei(
     if not bodies:
         return signal, mask
 
-    table = np.array(bodies, dtype=np.float64)
+    plain = (np.nan, phenotype.nucleus_dome)
+    table = np.array([body if len(body) == 10 else (*body, *plain) for body in bodies], dtype=np.float64)
     count = len(table)
-    outline = ellipses(table[:, 2], table[:, 3], rng.uniform(0, 2 * np.pi, count))
+    turn = rng.uniform(0, 2 * np.pi, count)
+    outline = ellipses(table[:, 2], table[:, 3], np.where(np.isnan(table[:, 8]), turn, table[:, 8]))
     outline *= np.exp(np.clip(waves(rng, table[:, 4], (2, 5)), -0.6, 0.6))
     largest = int(np.ceil(outline.max())) + 3
     distance, bins = polar_window(largest)
+    largest = len(distance) // 2
+    if phenotype.chromatin:
+        coarse = phenotype.chromatin_coarse
+        chromatin = np.exp(phenotype.chromatin * grain(rng, image_size, 0.5 + 1.5 * coarse, (6 + 14 * coarse) * scale))
     for i in range(count):
         row, column = int(round(table[i, 0])), int(round(table[i, 1]))
         reach = int(np.ceil(outline[i].max())) + 2
@@ -69,9 +78,16 @@ def draw_nuclei(
         soft = np.clip((edge - distance[around]) / (1.6 * scale) + 0.5, 0, 1)
         if table[i, 6]:  # chromatin ring around a monopolar aster
             soft *= np.clip((distance[around] - 0.45 * edge) / (2.5 * scale) + 0.5, 0, 1)
-        grain = 1 + phenotype.nucleus_texture * fine[inside]
-        dome = 0.82 + 0.18 * np.sqrt(np.maximum(1 - (distance[around] / edge) ** 2, 0))
-        body = 1750 * table[i, 5] * soft * grain * dome
+        texture = 1 + phenotype.nucleus_texture * fine[inside]
+        sphere = np.sqrt(np.maximum(1 - (distance[around] / edge) ** 2, 0))
+        dome = 0.82 + 0.18 * sphere
+        if table[i, 9]:
+            dome += table[i, 9] * (1.2 * sphere - dome)
+        body = 1750 * table[i, 5] * soft * texture * dome
+        if phenotype.chromatin:
+            body *= chromatin[inside]
+        if phenotype.nucleus_rim:
+            body *= 1 + phenotype.nucleus_rim * np.exp(-(((edge - distance[around]) / (2.5 * scale) - 0.5) ** 2))
         if spots:
             dy = np.arange(inside[0].start, inside[0].stop)[:, None] - row
             dx = np.arange(inside[1].start, inside[1].stop)[None] - column
@@ -81,3 +97,31 @@ def draw_nuclei(
         signal[inside] = np.maximum(signal[inside], body)
         mask[inside] = np.maximum(mask[inside], soft)
     return signal, mask
+
+
+def _figure(rng, row, column, scale) -> list[tuple]:
+    """Bodies of a rounded cell's chromatin in prometaphase, in anaphase, condensed, or in apoptotic pieces."""
+    angle = rng.uniform(0, 2 * np.pi)
+    kind = rng.integers(4)
+    if kind == 0:  # clumps of chromosomes around the middle
+        clumps = []
+        for _ in range(rng.integers(6, 16)):
+            away, where = 11 * scale * np.sqrt(rng.uniform()), rng.uniform(0, 2 * np.pi)
+            place = (row + away * np.sin(where), column + away * np.cos(where))
+            clumps.append((*place, rng.uniform(3, 6) * scale, rng.uniform(1, 2), 0.1, rng.uniform(1.6, 3), False, 0))
+        return clumps
+    if kind == 1:  # two parallel plates
+        half = rng.uniform(4, 12) * scale
+        long, bright = rng.uniform(1.8, 3), rng.uniform(2, 3.2)
+        middles = [(row + way * half * np.sin(angle), column + way * half * np.cos(angle)) for way in (-1, 1)]
+        return [(*place, 8 * scale, long, 0.06, bright, False, 0, angle + np.pi / 2, 0) for place in middles]
+    if kind == 2:  # condensed
+        return [
+            (row, column, rng.uniform(6, 14) * scale, rng.uniform(1, 1.4), 0.05, rng.uniform(2, 4), False, 0, 0, 0.5)
+        ]
+    pieces = []
+    for _ in range(rng.integers(3, 9)):
+        away, where = 13 * scale * np.sqrt(rng.uniform()), rng.uniform(0, 2 * np.pi)
+        place = (row + away * np.sin(where), column + away * np.cos(where))
+        pieces.append((*place, rng.uniform(1.5, 6) * scale, 1.1, 0.03, rng.uniform(1.5, 4), False, 0, 0, 0.5))
+    return pieces

@@ -14,6 +14,35 @@ import numpy as np
 # Numbers of a phenotype that stay below 1 when they are varied.
 SHARES = ("clustering", "rounded", "monopolar", "binucleate", "fragmented", "tubulin_bundling", "nucleus_offset")
 
+# Lowest value, highest value and unit of what real cells show beside the mechanisms' numbers. Each stands at 0 in a
+# simulated screen, where nothing is drawn for it, and is drawn at random for cells that a network learns from.
+DETAILS: dict[str, tuple[float, float, str]] = {
+    "chromatin": (0, 0.22, "contrast of chromatin grain at many scales"),
+    "chromatin_coarse": (0, 1, "0 = fine grain, 1 = coarse"),
+    "nucleus_rim": (0, 0.4, "brightness of the nuclear rim relative to the middle"),
+    "nucleus_dome": (0, 0.8, "share of a nucleus's light that follows its thickness"),
+    "packing": (0, 1, "0 = scattered pieces of a nucleus, 1 = a dense bunch of many"),
+    "figures": (0, 1, "share of rounded cells in other stages: prometaphase, anaphase, pyknotic, apoptotic"),
+    "defocus": (0, 5, "raw pixels: blur of rounded cells, which stand above the focus"),
+    "smoothness": (0, 1, "share of the outline's fine irregularity that is missing"),
+    "glow": (0, 1.2, "brightness of rounded cells above their flat neighbours"),
+    "floating": (0, 0.8, "blurred cells above the layer, per 10,000 raw pixels"),
+    "debris": (0, 3, "bright specks, per 10,000 raw pixels"),
+    "vacuoles": (0, 4, "dark holes per cell"),
+    "thickness": (0, 1, "share of a cell's light that follows its thickness"),
+    "nuclear_shadow": (0, 0.7, "share of tubulin missing at the nucleus"),
+    "tubulin_network": (0, 2.5, "brightness of a dense network of short filaments"),
+    "tubulin_sparsity": (0, 1, "0 = a haze of filaments, 1 = few single ones"),
+    "tubulin_order": (0, 1, "0 = around the nucleus, 1 = along the cell"),
+    "tubulin_edge": (0, 1.2, "brightness of tubulin at the cell's edge"),
+    "actin_mesh": (0, 0.7, "contrast of the fine actin mesh"),
+    "actin_order": (0, 1, "0 = mesh in all directions, 1 = along the cell"),
+    "actin_cortex": (0, 1.5, "brightness of a broad belt below the cell's edge"),
+    "actin_ruffles": (0, 2.5, "brightness of ruffles at free edges"),
+    "actin_specks": (0, 2, "brightness of fine specks"),
+    "filopodia": (0, 12, "thin spikes per cell"),
+}
+
 
 @dataclass(frozen=True)
 class Phenotype:
@@ -49,6 +78,31 @@ class Phenotype:
     tubulin_bundling: float = 0.05  # share of filaments that are thick bundles
     tubulin_perinuclear: float = 0.25  # brightness of the cloud on one side of the nucleus
     variability: float = 0.12  # log sd of sizes between cells of a population
+    # See `DETAILS` for what these are; 0 draws nothing.
+    chromatin: float = 0.0
+    chromatin_coarse: float = 0.0
+    nucleus_rim: float = 0.0
+    nucleus_dome: float = 0.0
+    packing: float = 0.0
+    figures: float = 0.0
+    defocus: float = 0.0
+    smoothness: float = 0.0
+    glow: float = 0.0
+    floating: float = 0.0
+    debris: float = 0.0
+    vacuoles: float = 0.0
+    thickness: float = 0.0
+    nuclear_shadow: float = 0.0
+    tubulin_network: float = 0.0
+    tubulin_sparsity: float = 0.0
+    tubulin_order: float = 0.0
+    tubulin_edge: float = 0.0
+    actin_mesh: float = 0.0
+    actin_order: float = 0.0
+    actin_cortex: float = 0.0
+    actin_ruffles: float = 0.0
+    actin_specks: float = 0.0
+    filopodia: float = 0.0
 
     def blend(self, other: Phenotype, strength: float) -> Phenotype:
         """Interpolate every number: strength 0 gives this phenotype, 1 the other."""
@@ -60,8 +114,9 @@ class Phenotype:
         )
 
     def vary(self, rng: np.random.Generator, sd: float) -> Phenotype:
-        """A phenotype whose every number is multiplied by exp(N(0, sd))."""
-        return Phenotype(**{f.name: getattr(self, f.name) * float(np.exp(rng.normal(0, sd))) for f in fields(self)})
+        """A phenotype whose every number is multiplied by exp(N(0, sd)); a detail that is absent takes no draw."""
+        present = [f.name for f in fields(self) if f.name not in DETAILS or getattr(self, f.name)]
+        return replace(self, **{name: getattr(self, name) * float(np.exp(rng.normal(0, sd))) for name in present})
 
 
 def mechanism_phenotypes() -> dict[str, Phenotype]:
@@ -151,30 +206,38 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "tubulin_bundling": (0, 0.97, "share of filaments"),
     "tubulin_perinuclear": (0, 3, "brightness relative to other tubulin"),
     "variability": (0.03, 0.3, "log sd"),
+    **DETAILS,
 }
+
+
+def random_details(rng: np.random.Generator) -> dict[str, float]:
+    """Draw every number of `DETAILS`: absent (0) three times in ten, otherwise uniform on its range."""
+    return {name: float(rng.uniform(0, 1) * high * (rng.uniform() > 0.3)) for name, (_, high, _) in DETAILS.items()}
 
 
 def random_phenotype(rng: np.random.Generator) -> Phenotype:
     """Draw every number independently from its range in `RANGES`, so that no mechanism is behind the phenotype.
 
     Numbers whose lowest value is above 0 are uniform on a log scale, since their ratios count; the others are uniform.
+    Details are as in `random_details`.
     """
-    return Phenotype(
-        **{
-            name: float(np.exp(rng.uniform(np.log(low), np.log(high))) if low > 0 else rng.uniform(low, high))
-            for name, (low, high, _) in RANGES.items()
-        }
-    )
+    numbers = {
+        name: float(np.exp(rng.uniform(np.log(low), np.log(high))) if low > 0 else rng.uniform(low, high))
+        for name, (low, high, _) in RANGES.items()
+    }
+    return Phenotype(**{**numbers, **random_details(rng)})
 
 
 def mechanism_blend(rng: np.random.Generator) -> Phenotype:
     """Draw two mechanisms of BBBC021 and blend untreated cells with both, at random strengths, with some variation.
 
-    Shares are at most 0.97 and the density is 0.25 to 1, so that the cells of the phenotype can be drawn.
+    Shares are at most 0.97 and the density is 0.25 to 1, so that the cells of the phenotype can be drawn. Details are
+    as in `random_details`, whatever the mechanisms.
     """
     known = list(mechanism_phenotypes().values())
     first, second = rng.choice(len(known), 2, replace=False)
     blend = Phenotype().blend(known[first], rng.uniform(0, 1) ** 0.7).blend(known[second], rng.uniform(0, 0.6))
     blend = blend.vary(rng, 0.25)
     shares = {name: min(getattr(blend, name), 0.97) for name in SHARES}
-    return replace(blend, **shares, density=float(np.clip(blend.density, 0.25, 1.0)))
+    density = float(np.clip(blend.density, 0.25, 1.0))
+    return replace(blend, **shares, density=density, **random_details(rng))
