@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from dataset_scripts import build_dataset, simulate_screen  # noqa: E402
-from evaluation_wsdino.evaluate_profiles import compare_sets  # noqa: E402
+from evaluation_wsdino.scores import compare_sets  # noqa: E402
 
 # As the real map: 60 treatments of 30 compounds, 10 mechanisms (two in a single batch), 6 batches of 3 plates. Batch,
 # plate, well and compound effects are the simulator's defaults.

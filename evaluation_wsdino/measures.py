@@ -9,7 +9,10 @@ import numpy as np
 import pandas as pd
 from sklearn.neighbors import NearestNeighbors
 
-from .profiles import CONTROL, ProfileError, aggregate_profiles, feature_columns
+from wsdino.errors import UserError
+
+from .profile_table import CONTROL, feature_columns
+from .profiles import aggregate_profiles
 
 
 def plate_profiles(profiles, group="Metadata_Treatment"):
@@ -129,7 +132,7 @@ def mean_average_precision(profiles, null_size=1000, seed=0):
     try:
         copairs = importlib.import_module("copairs.map")
     except ImportError:
-        raise ProfileError("mAP is computed by the package copairs: pip install copairs.") from None
+        raise UserError("mAP is computed by the package copairs: pip install copairs.") from None
     columns = [column for names in feature_columns(profiles).values() for column in names]
 
     def summary(table, pairs, group):

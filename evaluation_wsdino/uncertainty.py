@@ -9,13 +9,13 @@ import math
 import numpy as np
 from scipy.stats import binomtest, norm
 
-from .profiles import ProfileError
+from wsdino.errors import UserError
 
 
 def wilson_interval(correct, total, level=0.95):
     """Wilson's score interval of a share (Wilson 1927), as if every treatment were independent; nan without any."""
     if not 0 <= correct <= total:
-        raise ProfileError(f"{correct} of {total} is not a share: correct counts from 0 to the total.")
+        raise UserError(f"{correct} of {total} is not a share: correct counts from 0 to the total.")
     if not total:
         return (math.nan, math.nan)
     z = norm.ppf(0.5 + level / 2)
@@ -176,7 +176,7 @@ def epoch_curves(curves, window):
 
     Raises
     ------
-    ProfileError
+    UserError
         If a seed has no score in the window.
     """
     first, last = window
@@ -185,7 +185,7 @@ def epoch_curves(curves, window):
         points = [(epoch, score) for epoch, score in points if score is not None and math.isfinite(score)]
         inside = [score for epoch, score in points if first <= epoch <= last]
         if not inside:
-            raise ProfileError(f"Seed {seed} has no score from epoch {first} to {last}: choose a window it reached.")
+            raise UserError(f"Seed {seed} has no score from epoch {first} to {last}: choose a window it reached.")
         # Of equally good epochs the first.
         best_epoch, best = max(points, key=lambda point: (point[1], -point[0]))
         means.append(float(np.mean(inside)))

@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from evaluation_wsdino import ProfileError
 from evaluation_wsdino.measures import batch_effect, mean_average_precision, plate_profiles, replicate_reproducibility
+from wsdino.errors import UserError
 
 
 def replicates(noise, seed=0, treatments=12, plates=4, width=20):
@@ -99,5 +99,5 @@ def test_map_without_copairs_says_what_to_install(monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "copairs.map", None)
-    with pytest.raises(ProfileError, match="pip install copairs"):
+    with pytest.raises(UserError, match="pip install copairs"):
         mean_average_precision(replicates(1.0))

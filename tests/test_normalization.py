@@ -14,9 +14,6 @@ VARIANTS = [
     TypicalVariationNormalizer(),
     TypicalVariationNormalizer(regularization=0, rank_guard=None),
     TypicalVariationNormalizer(regularization=0.1, rank_guard=None),
-    TypicalVariationNormalizer(groups="center"),
-    TypicalVariationNormalizer(groups="scale"),
-    TypicalVariationNormalizer(groups="coral"),
 ]
 
 
@@ -79,52 +76,6 @@ def test_unseen_fields_do_not_explode_under_the_guard():
     assert worst["guarded"] < 4
 
 
-def plates(width=6, shift=3.0, seed=0, fields=40):
-    """Two plates whose control differs by a shift, a scale of each feature and a mixing of features."""
-    rng = np.random.default_rng(seed)
-    base = rng.normal(size=(2 * fields, width)) @ np.diag(np.linspace(1, 2, width))
-    groups = np.repeat(["p1", "p2"], fields)
-    mixing = np.eye(width) + 0.3 * rng.normal(size=(width, width))
-    base[groups == "p2"] = base[groups == "p2"] @ mixing * np.linspace(0.5, 3, width) + shift
-    return base, groups
-
-
-def test_centring_removes_each_plates_control_mean_and_scaling_its_spread():
-    dmso, groups = plates()
-    for mode in ("center", "scale", "coral"):
-        fitted = TypicalVariationNormalizer(regularization=0, rank_guard=None, groups=mode).fit(dmso, groups=groups)
-        white = fitted.transform(dmso, groups=groups)
-        for name in ("p1", "p2"):
-            np.testing.assert_allclose(white[groups == name].mean(axis=0), 0, atol=1e-10)
-    # The plain formula of "scale": standardize by plate, then whiten all.
-    standard = np.concatenate([(part - part.mean(axis=0)) / part.std(axis=0) for part in (dmso[:40], dmso[40:])])
-    scaled = TypicalVariationNormalizer(regularization=0, rank_guard=None, groups="scale")
-    ours = scaled.fit_transform(dmso, groups=groups)
-    np.testing.assert_allclose(np.abs(ours), np.abs(PCA(whiten=True).fit_transform(standard)), rtol=1e-7)
-
-
-def test_coral_gives_every_plate_the_pooled_covariance():
-    dmso, groups = plates(fields=4000)
-    fitted = TypicalVariationNormalizer(regularization=0, rank_guard=None, groups="coral").fit(dmso, groups=groups)
-    white = fitted.transform(dmso, groups=groups)
-    for name in ("p1", "p2"):
-        np.testing.assert_allclose(np.cov(white[groups == name].T), np.eye(6), atol=0.1)
-    centred = TypicalVariationNormalizer(regularization=0, rank_guard=None, groups="center").fit(dmso, groups=groups)
-    white = centred.transform(dmso, groups=groups)
-    assert np.abs(np.cov(white[groups == "p2"].T) - np.eye(6)).max() > 0.2  # centring alone does not
-
-
-def test_a_plate_without_control_is_refused():
-    dmso, groups = plates()
-    fitted = TypicalVariationNormalizer(groups="center").fit(dmso, groups=groups)
-    with pytest.raises(ValueError, match="Group p3 has no control field"):
-        fitted.transform(dmso[:2], groups=["p1", "p3"])
-    with pytest.raises(ValueError, match="Group p3 has 1 control field"):
-        TypicalVariationNormalizer(groups="scale").fit(dmso[:41], groups=[*groups[:40], "p3"])
-    with pytest.raises(ValueError, match=r"groups has the shape \(3,\) for 80 fields"):
-        TypicalVariationNormalizer(groups="scale").fit(dmso, groups=["p1", "p2", "p3"])
-
-
 def test_duplicated_and_constant_columns():
     dmso = np.column_stack([control(50, 3), np.ones(50), control(50, 3)[:, 0]])
     fitted = TypicalVariationNormalizer(regularization=0, rank_guard=None).fit(dmso)
@@ -150,7 +101,6 @@ def test_signs_do_not_depend_on_the_order_of_fields():
         ({"regularization": "some"}, "regularization is 'some'"),
         ({"rank_guard": 0}, "rank_guard is 0"),
         ({"n_components": 0}, "n_components is 0"),
-        ({"groups": "plates"}, "groups is 'plates'"),
     ],
 )
 def test_bad_parameters_are_refused_in_a_sentence(options, message):

@@ -6,7 +6,6 @@ import math
 import numpy as np
 import pytest
 
-from evaluation_wsdino import ProfileError
 from evaluation_wsdino.uncertainty import (
     bootstrap_interval,
     compare_paired,
@@ -14,6 +13,7 @@ from evaluation_wsdino.uncertainty import (
     permutation_null,
     wilson_interval,
 )
+from wsdino.errors import UserError
 
 
 def test_wilson_against_newcombes_published_examples():
@@ -24,7 +24,7 @@ def test_wilson_against_newcombes_published_examples():
         assert got == pytest.approx((low, high), abs=5e-5)
     assert wilson_interval(20, 20) == pytest.approx((1 - 0.1611, 1.0), abs=5e-5)
     assert all(math.isnan(value) for value in wilson_interval(0, 0))
-    with pytest.raises(ProfileError, match="5 of 4 is not a share"):
+    with pytest.raises(UserError, match="5 of 4 is not a share"):
         wilson_interval(5, 4)
 
 
@@ -177,5 +177,5 @@ def test_curves_over_epochs_and_seeds_by_hand():
     assert got["window_sd"] == pytest.approx(0.0)
     assert got["seeds"]["0"]["best_epoch"] == 20 and got["seeds"]["0"]["best"] == 0.9
     assert got["best_note"] == "best epoch chosen on test labels"
-    with pytest.raises(ProfileError, match="Seed 1 has no score from epoch 35 to 40"):
+    with pytest.raises(UserError, match="Seed 1 has no score from epoch 35 to 40"):
         epoch_curves(curves, (35, 40))

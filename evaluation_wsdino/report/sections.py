@@ -8,12 +8,11 @@ from typing import NamedTuple
 
 from wsdino.run_folder import PROFILE_SETS
 
-from ..evaluate_profiles import compare_sets
+from ..scores import PREFIXES, compare_sets
 from ..uncertainty import epoch_curves
 from .charts import colour, line_chart, number, percent, scatter_map
 from .runs import Run
 
-PREFIXES = ("nsc", "nscb")
 SCORE_HEAD = ("NSC, 95\u00a0% interval", "NSCB, 95\u00a0% interval")
 # Title of a chart, and its fields in metrics.jsonl with their labels; the line of a second field is dashed.
 MONITORS = {
