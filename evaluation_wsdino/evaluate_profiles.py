@@ -33,6 +33,7 @@ headline          the set the run is about ("trained", otherwise "initial", othe
 
 import math
 import platform
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -64,6 +65,25 @@ class EvaluateSettings(Protocol):
     retrieval: bool = setting(False, "Compute mAP too (needs the package copairs).")
 
 
+def profile_files(run: RunFolder) -> dict[str, Path]:
+    """The profile file of every set of a run, in the order of all tables.
+
+    Raises
+    ------
+    UserError
+        There is none.
+    """
+    files = {RENAMED_SETS.get(path.stem, path.stem): path for path in run.profiles.glob("*.parquet")}
+    if not files:
+        raise UserError(f"{run.profiles} holds no .parquet file: run wsdino-extract {run} first.")
+    return {name: files[name] for name in ordered_sets(files)}
+
+
+def headline_set(files: Iterable[str]) -> str:
+    """The set that a run is about: "trained", otherwise "initial", otherwise the last."""
+    return next((name for name in ("trained", "initial") if name in files), list(files)[-1])
+
+
 def evaluate_run(
     run_folder: str | Path, *, protocol: Protocol | None = None, retrieval: bool = False, progress: bool = True
 ) -> dict:
@@ -89,16 +109,13 @@ def evaluate_run(
     run, protocol = RunFolder(run_folder), protocol or Protocol()
     if not run.path.is_dir():
         raise UserError(f"{run} is not a folder: name a run folder, like runs/demo.")
-    files = {RENAMED_SETS.get(path.stem, path.stem): path for path in run.profiles.glob("*.parquet")}
-    if not files:
-        raise UserError(f"{run.profiles} holds no .parquet file: run wsdino-extract {run} first.")
+    files = profile_files(run)
     settings = run.settings() if run.settings_file.exists() else None
     arguments = settings["arguments"] if settings else {}
     excluded_compounds = arguments.get("exclude_compounds") or []
-    order = ordered_sets(files)
-    headline = next((name for name in ("trained", "initial") if name in files), order[-1])
+    headline = headline_set(files)
     sets, counts, sources = {}, {}, set()
-    for name in tqdm(order, desc="Scoring", unit="set", disable=None if progress else True):
+    for name in tqdm(files, desc="Scoring", unit="set", disable=None if progress else True):
         profiles = read_profiles(files[name])
         sets[name] = _scored(files[name], profiles, protocol=protocol, plot=name == headline, retrieval=retrieval)
         if excluded_compounds:
@@ -119,7 +136,7 @@ def evaluate_run(
                 "second": headline,
                 **{prefix: compare_sets(sets[name], sets[headline], prefix) for prefix in PREFIXES},
             }
-            for name in order
+            for name in files
             if name != headline
         ],
         "counts": counts[headline],

@@ -11,19 +11,70 @@ from sklearn.neighbors import NearestNeighbors
 
 from wsdino.errors import UserError
 
-from .profile_table import CONTROL, feature_columns
+from .profile_table import CONTROL, feature_columns, features_of
 from .profiles import aggregate_profiles
 
 
-def plate_profiles(profiles, group="Metadata_Treatment"):
-    """The mean vector of each treatment on each plate, DMSO left out: one row each, metadata and features."""
-    treated = profiles[profiles["Metadata_Compound"] != CONTROL]
+def plate_profiles(profiles: pd.DataFrame, controls: bool = False) -> pd.DataFrame:
+    """The mean vector of each treatment on each plate, one row each; DMSO only with `controls`."""
+    rows = profiles if controls else profiles[profiles["Metadata_Compound"] != CONTROL]
     columns = [column for names in feature_columns(profiles).values() for column in names]
-    keys = [group, "Metadata_Plate"]
-    means = treated.groupby(keys, sort=True)[columns].mean()
-    kept = [column for column in ("Metadata_Compound", "Metadata_MOA", "Metadata_Batch") if column in treated.columns]
-    metadata = treated.groupby(keys, sort=True)[kept].first()
-    return pd.concat([metadata, means], axis=1).reset_index()
+    groups = rows.groupby(["Metadata_Treatment", "Metadata_Plate"], sort=True)
+    kept = [column for column in ("Metadata_Compound", "Metadata_MOA", "Metadata_Batch") if column in rows.columns]
+    return pd.concat([groups[kept].first(), groups[columns].mean()], axis=1).reset_index()
+
+
+def average_precisions(vectors: np.ndarray, positive: np.ndarray, negative: np.ndarray) -> np.ndarray:
+    """Average precision with which each row finds its positives among its positives and negatives, by cosine.
+
+    Parameters
+    ----------
+    vectors : (rows, features) array
+    positive, negative : (rows, rows) bool arrays
+        What each row is to find, and what it is to be told from. A tie is broken against it.
+
+    Returns
+    -------
+    (rows,) array
+        From 0 to 1; nan for a row without a positive.
+    """
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors = vectors / np.where(norms > 0, norms, 1.0)
+    found = np.full(len(vectors), np.nan)
+    for row in np.flatnonzero(positive.any(axis=1)):
+        candidates = np.flatnonzero(positive[row] | negative[row])
+        own = positive[row, candidates]
+        cosine = (vectors[candidates] @ vectors[row]).round(12)  # equal vectors differ by rounding
+        ranks = np.flatnonzero(own[np.lexsort((own, -cosine))]) + 1
+        found[row] = (np.arange(1, len(ranks) + 1) / ranks).mean()
+    return found
+
+
+def replicate_precision(normalized: pd.DataFrame) -> pd.Series:
+    """Average precision of each treatment's plates in finding one another among those of DMSO, by treatment.
+
+    Needs no mechanisms. Treatments on a single plate are left out.
+    """
+    table = plate_profiles(normalized, controls=True)
+    control = (table["Metadata_Compound"] == CONTROL).to_numpy()
+    treatment, plate = table["Metadata_Treatment"].to_numpy(str), table["Metadata_Plate"].to_numpy(str)
+    positive = (treatment[:, None] == treatment) & (plate[:, None] != plate) & ~control[:, None]
+    found = average_precisions(features_of(table), positive, np.broadcast_to(control, positive.shape))
+    return pd.Series(found, treatment, name="replicate_map").dropna().groupby(level=0).mean()
+
+
+def mechanism_precision(treatments: pd.DataFrame) -> pd.Series:
+    """Average precision of each treatment in finding those of other compounds with its MOA, by treatment.
+
+    Parameters
+    ----------
+    treatments : pandas.DataFrame
+        As of `aggregate_profiles`, each with a MOA. A treatment whose MOA no other compound has is left out.
+    """
+    moa, compound = (treatments[f"Metadata_{name}"].to_numpy(str) for name in ("MOA", "Compound"))
+    same = moa[:, None] == moa
+    found = average_precisions(features_of(treatments), same & (compound[:, None] != compound), ~same)
+    return pd.Series(found, treatments["Metadata_Treatment"], name="moa_map").dropna()
 
 
 def replicate_reproducibility(profiles, draws=1000, seed=0):

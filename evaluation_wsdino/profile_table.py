@@ -30,6 +30,8 @@ _ALIASES = {
 }
 # Where other programs mark negative controls: column and value, in small letters.
 _CONTROL_MARKS = (("control_type", "negcon"), ("pert_type", "negcon"))
+# What tells rows apart; a table per well has no site, one per field no cell.
+PLACE = ("Metadata_Plate", "Metadata_Well", "Metadata_Site", "Metadata_Cell")
 _NO_FEATURES = ("ImageNumber", "ObjectNumber", "TableNumber")
 
 
@@ -67,7 +69,9 @@ def is_named(names: pd.Series) -> pd.Series:
     return names.notna() & (names.astype(str).str.strip() != "")
 
 
-def read_profiles(path: str | Path, settings: TableSettings | None = None) -> pd.DataFrame:
+def read_profiles(
+    path: str | Path, settings: TableSettings | None = None, labels: pd.DataFrame | None = None
+) -> pd.DataFrame:
     """The checked table of one file.
 
     Parameters
@@ -75,6 +79,9 @@ def read_profiles(path: str | Path, settings: TableSettings | None = None) -> pd
     path : str or Path
         Parquet, or a CSV or TSV that may be compressed: `profiles/<set>.parquet` of a run, or a table that
         CellProfiler, pycytominer or DeepProfiler wrote.
+    labels : pandas.DataFrame, optional
+        A table that was read before, of the same screen: compound, treatment, MOA, batch and so on are taken from it
+        by plate and well, and rows that it does not have are left out.
 
     Returns
     -------
@@ -99,6 +106,8 @@ def read_profiles(path: str | Path, settings: TableSettings | None = None) -> pd
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a readable Parquet or CSV file ({first_line(error)}).") from None
     profiles = _with_metadata(profiles, settings or TableSettings(), path.name)
+    if labels is not None:
+        profiles = _labelled(profiles, labels, path.name)
     features = [str(column) for column in profiles.columns if not str(column).startswith("Metadata_")]
     if not all(re.search(r"._\d+$", name) for name in features):
         profiles = _with_groups(profiles, (settings or TableSettings()).compartments)
@@ -145,6 +154,34 @@ def _with_metadata(profiles: pd.DataFrame, settings: TableSettings, source: str)
         treatment = treatment.mask(compound == CONTROL, CONTROL)
     marked = {"Metadata_Compound": compound, "Metadata_Treatment": treatment}
     return profiles.assign(**{name: values.mask(control, CONTROL) for name, values in marked.items()})
+
+
+def place_of(profiles: pd.DataFrame, names: tuple[str, ...] = PLACE) -> pd.MultiIndex:
+    """Where each row lies: plate, well (A1 as A01), and site and cell where the table has them, as text."""
+    columns = [profiles[name].astype(str) for name in names if name in profiles.columns]
+    wells = r"^([A-Za-z]{1,2})0*(\d+)$"
+    columns = [
+        column.str.replace(wells, lambda found: f"{found[1].upper()}{int(found[2]):02d}", regex=True)
+        if column.name == "Metadata_Well" else column for column in columns
+    ]  # fmt: skip
+    return pd.MultiIndex.from_arrays(columns, names=[column.name for column in columns])
+
+
+def _labelled(profiles: pd.DataFrame, labels: pd.DataFrame, source: str) -> pd.DataFrame:
+    """The table with every other metadata column of `labels`, joined by plate and well; rows without one left out."""
+    wells = PLACE[:2]
+    for name in wells:
+        if name not in profiles.columns or name not in labels.columns:
+            raise UserError(f"{source} has no column {name}, by which it could be joined to the other profiles.")
+    of_well = labels.assign(place=place_of(labels, wells)).drop_duplicates("place").set_index("place")
+    of_well = of_well[[name for name in labels if name.startswith("Metadata_") and name not in PLACE]]
+    place = place_of(profiles, wells)
+    known = place.isin(of_well.index)
+    if not known.any():
+        raise UserError(f"{source} shares no plate and well with the other profiles: check how both name them.")
+    features = profiles[[name for name in profiles if not name.startswith("Metadata_") or name in PLACE]]
+    found = of_well.loc[place[known]].set_index(profiles.index[known])
+    return pd.concat([found, features[known]], axis=1).reset_index(drop=True)
 
 
 def _with_groups(profiles: pd.DataFrame, compartments: bool) -> pd.DataFrame:
@@ -208,7 +245,7 @@ def check_profiles(profiles: pd.DataFrame, source: str = "the profile table") ->
                     f'{source}, row {row}, has the {column} {names.iloc[row]!r}, but "|" joins the names of several: '
                     "rename it."
                 )
-    keys = ("Metadata_Source", "Metadata_Plate", "Metadata_Well", "Metadata_Site")
+    keys = ("Metadata_Source", *PLACE)
     keys = [column for column in keys if column in profiles.columns and column not in unnamed]
     if "Metadata_Well" in keys and "Metadata_Site" in keys:
         twice = profiles.duplicated(keys).to_numpy()

@@ -237,10 +237,10 @@ def map_treatments(vectors: np.ndarray, seed: int = 0) -> tuple[list[list[float]
 
 def compare_sets(first: dict, second: dict, prefix: str) -> dict:
     """`compare_paired` of two entries of results.json, by treatment; prefix is "nsc" or "nscb"."""
-    return compare_paired(_answers(first, prefix), _answers(second, prefix))
+    return compare_paired(answers(first, prefix), answers(second, prefix))
 
 
-def _answers(scores: dict, prefix: str) -> dict[str, tuple[bool, str]]:
+def answers(scores: dict, prefix: str) -> dict[str, tuple[bool, str]]:
     """(correct, compound) of each treatment that was scored."""
     return {
         name: (query["correct"], query["compound"])

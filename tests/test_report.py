@@ -60,7 +60,7 @@ def make_run(folder, seed=0, source="simulated, seed 7", moas=("Actin disruptors
         for kind in ("attention", "fields"):
             picture = rng.integers(0, 255, size=(40, 60), dtype=np.uint8)
             Image.fromarray(picture).save(folder / "pictures" / f"{kind}_{channel}.png")
-    settings = {"arguments": {"seed": seed, "num_prototypes": 64}, "git": "abc1234"}
+    settings = {"arguments": {"seed": seed, "num_prototypes": 64}, "dataset": {}, "git": "abc1234"}
     (folder / "settings.json").write_text(json.dumps(settings))
     evaluate_run(folder, progress=False)
     return folder

@@ -9,6 +9,7 @@ COMMANDS = {
     "train": "train_accelerate",
     "extract": "extract_profiles",
     "evaluate": "evaluation_wsdino.evaluate_profiles",
+    "compare": "evaluation_wsdino.compare",
     "report": "evaluation_wsdino.report",
     "push": "push_to_hub",
     "prepare": "dataset_scripts.prepare",

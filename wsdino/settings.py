@@ -73,7 +73,7 @@ def parse_settings(
     argv : list of str, optional
         Flags; those of the command line if not given.
     positional : names
-        Fields that may also be given without a flag, in this order.
+        Fields that may also be given without a flag, in this order; one that is a list takes several words.
     presets : mapping, optional
         Named defaults; the field `preset` says which are used. Flags go over the preset's, those over the class's.
     renamed : mapping, optional
@@ -98,7 +98,8 @@ def parse_settings(
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
     for name in positional:
-        parser.add_argument(f"_{name}", metavar=name, nargs="?", help=f"same as --{name}")
+        many = isinstance(parser.get_default(name), list)
+        parser.add_argument(f"_{name}", metavar=name, nargs="*" if many else "?", help=f"same as --{name}")
     if presets is not None:
         quiet = [flag for flag in argv if flag not in ("-h", "--help")]
         preset = parser.parse_known_args(quiet)[0].preset
@@ -108,7 +109,7 @@ def parse_settings(
     namespace = parser.parse_args(argv)
     for name in positional:
         given = getattr(namespace, f"_{name}")
-        if given is not None:
+        if given:
             setattr(namespace, name, given)
     settings = kind(**{each.name: getattr(namespace, each.name) for each in fields(kind)})
     check_bounds(settings)
