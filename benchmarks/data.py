@@ -195,7 +195,7 @@ def read(args):
 
     from dataset_scripts import open_fields, open_planes
     from dataset_scripts.illumination import correct_plane
-    from dataset_scripts.plates import encode_png
+    from dataset_scripts.png import encode_png
     from dataset_scripts.simulator import Optics, Phenotype, draw_field
     from pretraining_wsdino.multicrop import CropSpec, resize_windows
     from pretraining_wsdino.pairs import CROP_STREAM, Pair, WeakLabelPairCollator, keyed_generator

@@ -7,12 +7,10 @@ tenths of a second instead of waiting for `datasets`.
 import importlib
 
 _HOME = {
-    "BBBC021": "bbbc021",
     "Fields": "open_dataset",
     "Optics": "simulator.optics",
     "Phenotype": "simulator.phenotypes",
     "Planes": "open_dataset",
-    "RawScreen": "bbbc021",
     "SCREEN_SIZES": "simulator.screen_design",
     "ScreenColumns": "screen",
     "ScreenDesign": "simulator.screen_design",

@@ -2,195 +2,156 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
+import pandas as pd
+
+from .plates import screen_features
 from .screen import PARTS
 
-BBBC021_QUIRKS = """\
-- Only taxol at 0.3 spans batches (all ten); every other compound lives in one. A neighbour of the same mechanism is
-  therefore often a neighbour of the same week.
-- Cholesterol-lowering agents and kinase inhibitors occur in one batch each: NSCB leaves them out (103 -> 92
-  treatments).
-- Rows of the annotated part are ordered by plate. Other releases number treatments in the order of their mechanisms,
-  which leaks the answer; here labels are names.
-- The MOA table names 103 active treatments. Other doses of the same compounds, and compounds without an annotation,
-  are in the part `unannotated` with an empty `moa`."""
+CITATION = """\
+@article{caie2010high,
+  title={High-Content Phenotypic Profiling of Drug Response Signatures across Distinct Cancer Cells},
+  author={Caie, Peter D. and Walls, Rebecca E. and Ingleston-Orme, Alexandra and Daya, Sandeep and Houslay, Tom and
+          Eagle, Rob and Roberts, Mark E. and Carragher, Neil O.},
+  journal={Molecular Cancer Therapeutics}, volume={9}, number={6}, pages={1913--1926}, year={2010}
+}
+@article{ljosa2012annotated,
+  title={Annotated high-throughput microscopy image sets for validation},
+  author={Ljosa, Vebjorn and Sokolnicki, Katherine L. and Carpenter, Anne E.},
+  journal={Nature Methods}, volume={9}, number={7}, pages={637}, year={2012}
+}
+@article{ljosa2013comparison,
+  title={Comparison of Methods for Image-Based Profiling of Cellular Morphological Responses to Small-Molecule
+         Treatment},
+  author={Ljosa, Vebjorn and Caie, Peter D. and ter Horst, Rob and Sokolnicki, Katherine L. and Jenkins, Emma L. and
+          Daya, Sandeep and Roberts, Mark E. and Jones, Thouis R. and Singh, Shantanu and Genovesio, Auguste and
+          Clemons, Paul A. and Carragher, Neil O. and Carpenter, Anne E.},
+  journal={Journal of Biomolecular Screening}, volume={18}, number={10}, pages={1321--1329}, year={2013}
+}
+"""
+
+COUNTED = ["treatment", "compound", "moa", "plate", "batch"]
 
 
-def count_fields(output: Path, screen, records: list[dict]) -> dict:
-    """Fields a part, and what they span, of a finished build: counted in its shards.
+def count_fields(output: Path, records: list[dict], fields_named: int, plates_named: int) -> dict:
+    """Fields of each part, and what they span, counted in the files of a finished build.
 
     Parameters
     ----------
     output : path
         Folder of the dataset.
-    screen : RawScreen
     records : list of dict
-        One a plate, as the build writes them.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+        One per plate, of `dataset_scripts.plates.build_plate`.
+    fields_named, plates_named : int
+        What the image table names: fields on the plates asked for, and plates in all.
 
-    names = ["treatment", "compound", "moa", "plate", "batch"]
-    tables = {part: [] for part in PARTS}
-    for record in records:
-        for part, shard in record["shards"].items():
-            tables[part].append(pq.read_table(output / shard["path"], columns=names))
-    empty = pa.table({name: pa.array([], pa.string()) for name in names})
-    tables = {part: pa.concat_tables(some) if some else empty for part, some in tables.items()}
-    rows = {part: table.num_rows for part, table in tables.items()}
-    annotated, everything = tables["annotated"], pa.concat_tables(tables.values())
+    Returns
+    -------
+    dict
+        `fields` (part -> number, and "all"); numbers of annotated `treatments`, `compounds` and `moas`; `plates`,
+        `batches`; `plates_named`, `fields_named`, `fields_absent` and `fields_incomplete`, which lack a channel.
+    """
+    files = [(part, shard["path"]) for record in records for part, shard in record["shards"].items()]
+    fields = pd.concat([pd.read_parquet(output / name, columns=COUNTED).assign(part=part) for part, name in files])
+    rows = {part: int((fields["part"] == part).sum()) for part in PARTS}
+    annotated = fields[fields["part"] == "annotated"]
     return {
-        "fields": {**rows, "all": sum(rows.values())},
-        "treatments": len(annotated["treatment"].unique()),
-        "compounds": len(annotated["compound"].unique()),
-        "moas": len(annotated["moa"].unique()),
-        "plates": len(everything["plate"].unique()),
-        "batches": len(everything["batch"].unique()),
-        "plates_named": screen.plates_named,
-        "fields_named": screen.fields_named,
-        "fields_absent": screen.fields_named - sum(rows.values()),
+        "fields": {**rows, "all": len(fields)},
+        "treatments": annotated["treatment"].nunique(),
+        "compounds": annotated["compound"].nunique(),
+        "moas": annotated["moa"].nunique(),
+        "plates": fields["plate"].nunique(),
+        "batches": fields["batch"].nunique(),
+        "plates_named": plates_named,
+        "fields_named": fields_named,
+        "fields_absent": fields_named - len(fields),
         "fields_incomplete": sum(record["fields_incomplete"] for record in records),
     }
 
 
-def dataset_card(screen, records: list[dict], counts: dict, recipe: dict) -> str:
-    """The README.md of a built dataset: `configs` and `dataset_info`, schema, counts, origin and quirks."""
+def dataset_card(recipe: dict, control: str, records: list[dict], counts: dict) -> str:
+    """The README.md of a built dataset: `configs` and `dataset_info`, schema, counts, origin and quirks.
+
+    Parameters
+    ----------
+    recipe : dict
+        `preprocessing` (a dict of its settings), `channels` and `source`.
+    control : str
+        Name of the negative control in the source's table.
+    records : list of dict
+        One per plate, of `dataset_scripts.plates.build_plate`.
+    counts : dict
+        Of `count_fields`.
+    """
     import datasets
     from datasets.utils.metadata import MetadataConfigs
-    from huggingface_hub import DatasetCardData
+    from huggingface_hub import DatasetCard, DatasetCardData
 
-    from .bbbc021 import CITATION, screen_features
-
-    features = screen_features(screen.channels)
-    rows = counts["fields"]
-    sizes = {
-        part: sum(record["shards"][part]["bytes"] for record in records if part in record["shards"]) for part in PARTS
-    }
-    configs, infos = {}, {}
+    source, channels, rows = recipe["source"], recipe["channels"], counts["fields"]
     parts = [part for part in PARTS if rows[part]]
+    configs, infos = MetadataConfigs(), datasets.info.DatasetInfosDict()
     for name, members in [(part, [part]) for part in parts] + [("all", parts)]:
-        # "all" lists the parts' shards: no plane is stored twice.
+        # "all" lists the files of the parts: no plane is stored twice.
         paths = [f"data/{part}/train-*.parquet" for part in members]
         configs[name] = {"data_files": [{"split": "train", "path": paths if len(paths) > 1 else paths[0]}]}
         if name == parts[0]:
             configs[name]["default"] = True
-        count, size = sum(rows[part] for part in members), sum(sizes[part] for part in members)
+        shards = [record["shards"][part] for record in records for part in members if part in record["shards"]]
+        size = sum(shard["bytes"] for shard in shards)
         split = datasets.SplitDict()
-        split.add(datasets.SplitInfo("train", num_bytes=size, num_examples=count))
+        split.add(datasets.SplitInfo("train", num_bytes=size, num_examples=sum(rows[part] for part in members)))
         infos[name] = datasets.DatasetInfo(
-            config_name=name, features=features, splits=split, download_size=size, dataset_size=size
+            config_name=name,
+            features=screen_features(channels),
+            splits=split,
+            download_size=size,
+            dataset_size=size,
         )
-    simulated = screen.source.startswith("simulated")
-    official = screen.source == "BBBC021v1"
+    simulated = source.startswith("simulated")
     data = DatasetCardData(
-        pretty_name=screen.source,
+        pretty_name=source,
         task_categories=["image-feature-extraction"],
         tags=["biology", "microscopy"] + (["simulated"] if simulated else []),
     )
-    datasets.info.DatasetInfosDict(infos).to_dataset_card_data(data)
-    MetadataConfigs(configs).to_dataset_card_data(data)
+    infos.to_dataset_card_data(data)
+    configs.to_dataset_card_data(data)
+    return DatasetCard.from_template(
+        data,
+        template_str=resources.files("dataset_scripts").joinpath("dataset_card.md").read_text(encoding="utf-8"),
+        source=source,
+        simulated=simulated,
+        official=source == "BBBC021v1",
+        channels=channels,
+        steps=recipe["preprocessing"],
+        functions=sum(len(record["functions"]) for record in records),
+        control=control,
+        counts=counts,
+        parts=parts,
+        citation=CITATION,
+    ).content
 
-    steps = recipe["preprocessing"]
-    if steps["illumination"]:
-        corrected = sum(len(record["functions"]) for record in records)
-        illumination = (
-            f"Each image was divided by the illumination function of its plate and channel ({corrected} functions; "
-            f"a plate and channel with fewer than {steps['minimum_images']} images is not corrected) and clipped to "
-            "full scale. The function is the mean of all the plate's images, median filtered "
-            f"(size {steps['filter_size'] or '320 for 1024 x 1280 pixels, in proportion for smaller images'}, "
-            f"border: {steps['border']}), raised to its 2nd percentile and divided by it. "
-            "`illumination/<plate>_<channel>.png` holds it: the function is `levels / levels.min()`; `build.json` "
-            "holds the sha256 of every function (little-endian uint16 levels) and of every shard."
+
+def build_summary(
+    output: Path, table: str | Path, control: str, recipe: dict, records: list[dict], counts: dict
+) -> Iterator[str]:
+    """What was built, sentence by sentence; `table` is the image table, the others are those of the card."""
+    yield f"{output}: " + ", ".join(f"{counts['fields'][part]:,} {part}" for part in PARTS) + " fields"
+    if not counts["fields"]["dmso"]:
+        yield (
+            f"no field is of the control {control!r}, on which profiles are whitened: if the screen has one, name it "
+            "in the column mapping"
         )
-    else:
-        illumination = "No illumination correction was made."
-    text = resources.files("dataset_scripts").joinpath("dataset_card.md").read_text()
-    slots = {
-        "title": "A simulated screen" if simulated else screen.source,
-        "notice": "**These images are simulated. No result on them is a result on cells.**\n\n" if simulated else "",
-        "source": screen.source,
-        "contents": _contents(counts),
-        "origin": _origin(simulated, official),
-        "parts": "\n".join(f"| `{part}` | {rows[part]:,} |" for part in (*parts, "all")),
-        "schema": _schema(screen.channels, 8 * (1 if steps["bits"] == 8 else 2)),
-        "illumination": illumination,
-        "resize": f"Planes were resized by {steps['resize']:g} (`skimage.transform.resize`, order 3, anti-aliased, as "
-        f"scikit-image does {'since 0.19' if steps['interpolation'] == 'spline' else 'before 0.19'})."
-        if steps["resize"] != 1
-        else "Planes keep their raw size.",
-        "quirks": _quirks(official, screen.columns.control, counts),
-        "citation": f"```bibtex\n{CITATION}```" if official else "None is known to the program that wrote this card.",
-        "license": "The source page states the terms of use (https://bbbc.broadinstitute.org/BBBC021); no licence is "
-        "asserted here."
-        if official
-        else "No licence is asserted here.",
-        "default": parts[0],
-        **{name: f"{value:,}" for name, value in counts.items() if name != "fields"},
-    }
-    for name, value in slots.items():
-        text = text.replace("{{" + name + "}}", value)
-    return f"---\n{data.to_yaml()}\n---\n\n{text}"
-
-
-def _contents(counts: dict) -> str:
-    """What the build holds, and of how much: a screen may be built in part."""
-    held, named = counts["plates"], counts["plates_named"]
-    plates = f"{held:,} of the {named:,} plates" if held < named else f"{held:,} plate{'s' * (held > 1)}"
-    text = f"{plates}, {counts['batches']:,} batch{'es' * (counts['batches'] > 1)}"
-    if not counts["treatments"]:
-        return f"{text}; no treatment has a known mechanism of action."
-    treatments, compounds, mechanisms = (
-        f"{counts[key]:,} {word}{'s' * (counts[key] > 1)}"
-        for key, word in (("treatments", "annotated treatment"), ("compounds", "compound"), ("moas", "mechanism"))
-    )
-    return f"{text}; {treatments} of {compounds} with {mechanisms} of action."
-
-
-def _quirks(official: bool, control: str, counts: dict) -> str:
-    quirks = BBBC021_QUIRKS if official else "- Rows are ordered by plate."
-    if official and counts["plates"] < counts["plates_named"]:
-        quirks = f"Of the whole of BBBC021, of which this is a part:\n\n{quirks}"
-    if control != "DMSO":
-        quirks += f"\n- The negative control is named DMSO here, and {control} in the source."
-    return quirks
-
-
-def _origin(simulated: bool, official: bool) -> str:
-    if simulated:
-        return "Drawn by `wsdino-simulate` in the layout of BBBC021, and built by `wsdino-prepare`."
-    if official:
-        return (
-            "Image set BBBC021v1 (Caie et al., 2010), available from the Broad Bioimage Benchmark Collection (Ljosa "
-            "et al., 2012); annotation of mechanisms from Ljosa et al., 2013. MCF7 cells, three replicates, stained "
-            "for DNA (DAPI), beta-tubulin and F-actin. Built from the plate archives by `wsdino-prepare`."
+    if counts["fields_absent"] or counts["fields_incomplete"]:
+        yield (
+            f"of the {counts['fields_named']:,} fields in {table}, {counts['fields_absent']:,} are absent and "
+            f"{counts['fields_incomplete']:,} lack a channel (null image)"
         )
-    return "Built from the screen's own images and tables by `wsdino-prepare`."
-
-
-def _schema(channels: list[str], bits: int) -> str:
-    described = [
-        (f"`{channel}`", "image", f"one grey plane, {bits} bits, lossless; null if absent") for channel in channels
-    ]
-    described += [
-        ("`preview`", "image", "small 8-bit RGB, each channel stretched on its own: to look at, not to measure"),
-        ("`compound`", "string", "DMSO for the control"),
-        ("`concentration`", "float64", "in the source's unit (micromolar in BBBC021); 0 for DMSO"),
-        ("`treatment`", "string", "`<compound>_<concentration>`, or DMSO"),
-        ("`moa`", "string", "mechanism of action; DMSO for the control, empty where unknown"),
-        ("`batch`", "string", "plates that were made together; the week in BBBC021"),
-        ("`plate`", "string", ""),
-        ("`well`", "string", ""),
-        ("`site`", "int32", "field of view in the well"),
-        ("`replicate`", "int32", ""),
-        ("`source`", "string", "BBBC021v1, or who made it: simulated data say so in every row"),
-    ]
-    described += [
-        (f"`{channel}_file`", "string", "the raw image, as the image table names it") for channel in channels
-    ]
-    described += [
-        ("`table_number`", "int32", "the source's own numbering"),
-        ("`image_number`", "int32", "the source's own numbering"),
-    ]
-    return "\n".join(f"| {name} | {kind} | {text} |" for name, kind, text in described)
+    named = [(record, channel) for record in records for channel in recipe["channels"]]
+    uncorrected = [f"{record['plate']} {channel}" for record, channel in named if channel not in record["functions"]]
+    if uncorrected and recipe["preprocessing"]["illumination"]:
+        more = f" and {len(uncorrected) - 6} more" if len(uncorrected) > 6 else ""
+        least = recipe["preprocessing"]["minimum_images"]
+        yield f"not corrected for illumination, for fewer than {least} images: {', '.join(uncorrected[:6])}{more}"

@@ -1,8 +1,7 @@
 """Opens a built dataset, a folder or a Hub id: what is known of its fields, and their images as they are asked for.
 
-Parquet files are read where they lie, without a copy in the cache of the datasets library, which would know a local
-folder by its name and card alone and return images of another time. Datasets of other formats are opened by that
-library.
+Parquet files are read where they are, in a folder or the Hub's cache: no copy is made of them, and a folder that was
+built anew is never mistaken for what it held before. Datasets of other formats are opened by the datasets library.
 """
 
 from __future__ import annotations
@@ -275,27 +274,51 @@ def _open_source(path: str, folder: Path, subsets: Sequence[str]) -> _ParquetFil
     from datasets.exceptions import DatasetsError
 
     try:
+        if not folder.is_dir():
+            folder = _parquet_snapshot(path, subsets) or folder
         local = folder.is_dir()
         name = str(folder.resolve()) if local else path
         if local:
             builders = [datasets.load_dataset_builder(name, subset) for subset in subsets]
             files = [str(file) for one in builders for file in (one.config.data_files or {}).get("train", ())]
-            state = [(file, Path(file).stat().st_size, Path(file).stat().st_mtime_ns) for file in files]
-            fingerprint = _short_digest(json.dumps(state).encode())
             if files and all(file.endswith(".parquet") for file in files):
-                return _ParquetFiles(files, fingerprint)
+                return _ParquetFiles(files, _state(files))
         # The library would take a folder that changed since from its cache.
         mode = "reuse_cache_if_exists" if local else "reuse_dataset_if_exists"
         parts = [datasets.load_dataset(name, subset, split="train", download_mode=mode) for subset in subsets]
-        if not local:
-            cached = [file["filename"] for part in parts for file in part.cache_files]
-            state = [(file, Path(file).stat().st_size, Path(file).stat().st_mtime_ns) for file in cached]
-            fingerprint = _short_digest(json.dumps(state).encode())
-        return _LibraryDataset(datasets.concatenate_datasets(parts), fingerprint)
+        cached = [file["filename"] for part in parts for file in part.cache_files]
+        return _LibraryDataset(datasets.concatenate_datasets(parts), _state(files if local else cached))
     except (ValueError, OSError, DatasetsError) as error:
         # The library wraps the error that names what is damaged.
         reason = first_line(error.__cause__ or error)
         raise UserError(f"The dataset {path} cannot be loaded, subset {', '.join(subsets)}: {reason}") from error
+
+
+def _parquet_snapshot(repository: str, subsets: Sequence[str]) -> Path | None:
+    """The Hub's cache of a dataset whose card lists Parquet files for these subsets; None for other datasets.
+
+    The files are read where the cache holds them: the datasets library would copy them once more.
+    """
+    from datasets.utils.metadata import MetadataConfigs
+    from huggingface_hub import DatasetCard, snapshot_download
+
+    card = Path(snapshot_download(repository, repo_type="dataset", allow_patterns="README.md")) / "README.md"
+    configs = MetadataConfigs.from_dataset_card_data(DatasetCard.load(card).data) if card.is_file() else {}
+    patterns: list[str] = []
+    for subset in subsets:
+        listed = configs.get(subset, {}).get("data_files")
+        for each in listed if isinstance(listed, list) else [listed]:
+            path = each.get("path") if isinstance(each, dict) and each.get("split") == "train" else None
+            patterns += path if isinstance(path, list) else [path or ""]
+    if not patterns or not all(pattern.endswith(".parquet") for pattern in patterns):
+        return None
+    return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=["README.md", *patterns]))
+
+
+def _state(files: Iterable[str]) -> str:
+    """A short digest of the names, sizes and times of files."""
+    state = [(file, Path(file).stat().st_size, Path(file).stat().st_mtime_ns) for file in files]
+    return _short_digest(json.dumps(state).encode())
 
 
 class _ParquetFiles:

@@ -1,17 +1,15 @@
 """Reads one channel of a dataset as one memory-mapped array, through an explicit, checked cache.
 
-Decoding a PNG costs a few milliseconds a plane, every epoch and in every process; a memory map costs a page fault.
-The cache holds one `.npy` a channel, written once beside its name and renamed when complete, under a lock that dies
-with its process: two processes may start at once, and one may die while writing. Whoever writes a cache first removes
-those that nobody opened for 30 days, and what died half-written. A process that still maps one keeps its pages: on
-Linux and macOS a removed file lives as long as a map of it, on Windows a mapped file cannot be removed and is left.
-All of the folder may be deleted by hand at any time; it is made anew.
+Decoding a PNG costs a few milliseconds per plane, in every epoch and every process; a memory map costs a page fault.
+The cache holds one `.npy` per channel, written beside its name and renamed when complete, under a lock that dies with
+its process: two processes may start at once, and one may die while writing. Before a cache is written, caches unused
+for 30 days and leftovers of interrupted writes are removed. A process that still maps a removed file keeps its pages
+on Linux and macOS; on Windows a mapped file cannot be removed and is left. The folder may be deleted at any time.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import time
@@ -22,6 +20,7 @@ from filelock import FileLock
 from tqdm.auto import tqdm
 
 from wsdino.errors import UserError
+from wsdino.files import read_json, write_json, written_whole
 
 from .open_dataset import Fields, Planes
 
@@ -78,9 +77,9 @@ def open_planes(
 
 
 def _open_checked(target: Path, note: Path, count: int) -> np.ndarray | None:
-    """The memory map, if its note says that it is complete and its size and head agree with it."""
+    """The memory map, if its note says that it is complete and its size and a sample agree with it."""
     try:
-        known = json.loads(note.read_text())
+        known = read_json(note, fix="write it anew")
         if target.stat().st_size != known["bytes"]:
             return None
         planes = np.load(target, mmap_mode="r")
@@ -96,14 +95,14 @@ def _open_checked(target: Path, note: Path, count: int) -> np.ndarray | None:
 
 
 def _prune(folder: Path) -> None:
-    """Remove caches that nobody opened for long, and what a writer that died left; nothing else."""
+    """Remove caches unused for long and leftovers of interrupted writes, and nothing else."""
     for path in folder.iterdir():
         own = re.fullmatch(r"(\w+-\w+-\d+)(\.json|\.npy\.partial)", path.name)
         try:
             days = (time.time() - path.stat().st_mtime) / 86400
             if own and days > (UNUSED_DAYS if own[2] == ".json" else HALF_WRITTEN_DAYS):
                 path.unlink()
-                if own[2] == ".json":  # its note: no process takes the planes for whole from now on
+                if own[2] == ".json":  # its note, without which no process takes the planes for whole
                     (folder / f"{own[1]}.npy").unlink()
         except OSError:  # another process was faster, or has it open on Windows
             continue
@@ -118,21 +117,14 @@ def _sample_digest(planes: np.ndarray) -> str:
 
 
 def _write(fields: Fields, channel: str, target: Path, note: Path, progress: bool) -> None:
-    partial = target.with_name(target.name + ".partial")
     planes = Planes(fields, channel)
-    size = len(planes) * planes.like.nbytes
     header = {"descr": planes.like.dtype.str, "fortran_order": False, "shape": (len(planes), *planes.like.shape)}
+    what = f"caching {channel}, {len(planes) * planes.like.nbytes / 1e9:.2f} GB"
     # Written as a file and not through a map: a full disk is then an error, and not the end of the process (SIGBUS).
-    with open(partial, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        what = f"caching {channel}, {size / 1e9:.2f} GB"
-        for plane in tqdm(planes, desc=what, unit="plane", disable=not progress, mininterval=0.5):
-            file.write(np.ascontiguousarray(plane))
-    planes = np.load(partial, mmap_mode="r")
-    sample = _sample_digest(planes)
-    del planes
-    size = partial.stat().st_size
-    os.replace(partial, target)
-    partial = note.with_name(note.name + ".partial")
-    partial.write_text(json.dumps({"bytes": size, "sample": sample}))
-    os.replace(partial, note)
+    with written_whole(target) as partial:
+        with open(partial, "wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+            for plane in tqdm(planes, desc=what, unit="plane", disable=not progress, mininterval=0.5):
+                file.write(np.ascontiguousarray(plane))
+        content = {"bytes": partial.stat().st_size, "sample": _sample_digest(np.load(partial, mmap_mode="r"))}
+    write_json(note, content)

@@ -1,39 +1,33 @@
-"""Reads the tables of a screen (one row a field, and the mechanisms of action) into one tidy table of fields.
+"""Reads the tables of a screen (one row per field, and the mechanisms of action) into one tidy table of fields.
 
 The default column mapping is that of the official `BBBC021_v1_image.csv` and `BBBC021_v1_moa.csv`; another screen
-brings its own :class:`ScreenColumns`.
+brings its own `ScreenColumns`.
 """
 
 from __future__ import annotations
 
-import gzip
-import io
-import json
-import re
-import warnings
-import zlib
 from dataclasses import dataclass, field
-from dataclasses import fields as dataclass_fields
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 import pandas as pd
 
 from wsdino.errors import UserError
+from wsdino.files import read_json
+
+from .image_paths import portable_path
+from .table_rules import TableRules, read_csv
 
 PARTS = ("annotated", "dmso", "unannotated")
 NO_MECHANISM = ("NA", "N/A", "NaN", "nan", "None", "null", "<NA>")  # as R, pandas and others write an empty cell
-
-MOST_BYTES = 1_000_000_000  # of a table, unpacked: 300 times BBBC021's; a larger .gz is a bomb
-MOST_WHOLE = 2**31 - 1  # of a site, a replicate, a number of the source: the dataset's columns are int32
-
 
 ScreenError = UserError  # the old name, until every file uses the new one
 
 
 @dataclass(frozen=True)
 class ScreenColumns:
-    """Which columns of an image-level CSV hold what.
+    """Which columns of an image table hold what.
 
     Attributes
     ----------
@@ -80,37 +74,34 @@ class ScreenColumns:
     moa_table: tuple[str, str, str] = ("compound", "concentration", "moa")
 
     @classmethod
-    def from_json(cls, path) -> ScreenColumns:
-        """Read a mapping from a JSON object with these names; each channel is a file column or [file, folder]."""
-        try:
-            content = json.loads(Path(path).read_text())
-            channels = content.pop("channels")
-            pairs = {name: tuple(each) if isinstance(each, list) else (each, None) for name, each in channels.items()}
-            if isinstance(content.get("moa_table"), list):
-                content["moa_table"] = tuple(content["moa_table"])
-            columns = cls(channels=pairs, **content)
-        except FileNotFoundError as error:
-            raise ScreenError(f"column mapping {path} does not exist: give the path of a JSON file") from error
-        except KeyError as error:
-            raise ScreenError(f"{path} has no {error}: name at least one channel and its file column") from error
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ScreenError(
-                f"{path} is not a column mapping ({error}): see dataset_scripts/other_screens.md"
-            ) from error
-        named = [len(pair) == 2 and isinstance(pair[0], str) for pair in columns.channels.values()]
-        named += [pair[1] is None or isinstance(pair[1], str) for pair in columns.channels.values() if len(pair) == 2]
-        if not named or not all(named):
-            raise ScreenError(f"{path}: each channel needs a file column, or a pair of file and folder column")
-        for each in dataclass_fields(cls):
-            value, optional = getattr(columns, each.name), each.type == "str | None"
-            if each.type.startswith("str") and not isinstance(value, str) and not (optional and value is None):
-                raise ScreenError(f"{path}: {each.name!r} is {value!r}: give a text{', or null' * optional}")
-        named = columns.moa_table
-        if not (isinstance(named, tuple) and len(named) == 3 and all(isinstance(name, str) for name in named)):
-            raise ScreenError(
-                f"{path}: 'moa_table' is {named!r}: give three column names, of compound, concentration and mechanism"
+    def from_json(cls, path: str | Path) -> ScreenColumns:
+        """Read a mapping from a JSON object with these names; each channel is a file column or [file, folder].
+
+        Raises
+        ------
+        UserError
+            The file is missing or no such mapping.
+        """
+        see = "see dataset_scripts/other_screens.md"
+        content = read_json(path, needs=["channels"], fix=f"give a JSON file with a column mapping, {see}")
+        channels, names = content["channels"], content.get("moa_table", cls.moa_table)
+        if not isinstance(channels, dict) or not channels:
+            raise UserError(f"{path}: 'channels' is {channels!r}: give every channel its column, {see}")
+        pairs = {name: tuple(each) if isinstance(each, list) else (each, None) for name, each in channels.items()}
+        for name, pair in pairs.items():
+            if len(pair) != 2 or not isinstance(pair[0], str) or not isinstance(pair[1], str | None):
+                raise UserError(f"{path}: channel {name!r} needs a file column, or a pair of file and folder column")
+        if not isinstance(names, list | tuple) or len(names) != 3 or not all(isinstance(name, str) for name in names):
+            raise UserError(
+                f"{path}: 'moa_table' is {names!r}: name three columns: compound, concentration, mechanism"
             )
-        return columns
+        texts = {name: hint for name, hint in get_type_hints(cls).items() if hint in (str, str | None)}
+        for name, value in content.items():
+            if name not in (*texts, "channels", "moa_table"):
+                raise UserError(f"{path}: {name!r} is unknown: use {', '.join(texts)}, channels or moa_table")
+            if name in texts and not isinstance(value, texts[name]):
+                raise UserError(f"{path}: {name!r} is {value!r}: give a text{', or null' * (texts[name] is not str)}")
+        return cls(**content | {"channels": pairs, "moa_table": tuple(names)})
 
     def image_columns(self) -> list[str]:
         """The columns that the image table must have."""
@@ -125,7 +116,10 @@ def treatment_name(compound: str, concentration: float) -> str:
 
 
 def read_screen(
-    image_csv, moa_csv=None, columns: ScreenColumns | None = None, table: pd.DataFrame | None = None
+    image_csv: str | Path,
+    moa_csv: str | Path | None = None,
+    columns: ScreenColumns | None = None,
+    table: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
     """Read and check the tables of a screen.
 
@@ -137,253 +131,121 @@ def read_screen(
         Default: the official BBBC021 names.
     table : pandas.DataFrame, optional
         The image table itself, already read from `image_csv`: one row per field, the columns that `columns` names, as
-        text. `table_line`, where present, is the line of each row in its file (default: its position, plus 2).
+        text. The columns `_file` and `_line`, where present, say for messages where each row came from.
 
     Returns
     -------
     pandas.DataFrame
-        One row a field, in the order of the table: `row` (line number in the CSV, the header being line 1), `plate,
-        well, site, replicate, batch, compound, concentration, treatment, moa, part, table_number, image_number` and
-        `<channel>_file` (folder/name, with forward slashes) a channel. `part` is "dmso" for the control, "annotated"
-        where a mechanism is known, else "unannotated" (moa "").
+        One row per field, in the order of the table: `row` (its line in the CSV, the header being line 1), `table`
+        (its file), `plate, well, site, replicate, batch, compound, concentration, treatment, moa, part, table_number,
+        image_number` and one `<channel>_file` (folder/name, with forward slashes) per channel. `part` is "dmso" for
+        the control, "annotated" where a mechanism is known, else "unannotated" (moa "").
 
     Raises
     ------
-    ScreenError
-        Missing file or column, a value that cannot be read, two rows naming the same file or the same site, a plate
-        of two batches, a well of two treatments, a treatment of two mechanisms, or an annotated treatment that no
-        image shows.
+    UserError
+        Missing file or column, a value that cannot be read, two rows that name the same file or the same site, a
+        plate of two batches, a well of two treatments, a treatment of two mechanisms, or an annotated treatment that
+        no image shows.
     """
     columns = columns or ScreenColumns()
-    image_csv = Path(image_csv)
-    if table is None:
-        raw = _read_csv(image_csv, "image table")
-    else:
-        raw = table.reset_index(drop=True).fillna("").astype(str)
-    _require(raw, columns.image_columns(), image_csv)
-    if raw.empty:
-        raise ScreenError(f"{image_csv} has a header but no rows: give the table of a screen with images")
+    table = read_csv(image_csv, "image table") if table is None else table.fillna("").astype(str)
+    rules = TableRules(table, image_csv)
+    rules.require(columns.image_columns())
+    if table.empty:
+        raise UserError(f"{image_csv} has a header but no rows: give the table of a screen with images")
 
-    fields = pd.DataFrame({"row": np.arange(len(raw)) + 2})
-    for name in ("plate", "well"):
-        fields[name] = _names(raw, getattr(columns, name), image_csv)
-    fields["compound"] = _text(raw, columns.compound, image_csv)
+    fields = pd.DataFrame({"row": rules.lines.astype(int), "table": rules.files})
+    fields["plate"], fields["well"] = rules.name(columns.plate), rules.name(columns.well)
+    fields["compound"] = rules.text(columns.compound)
     control = fields["compound"] == columns.control
-    if (other := (fields["compound"] == "DMSO") & ~control).any():
-        raise ScreenError(
-            f"{image_csv}, line {fields['row'][other.idxmax()]}: 'DMSO' beside the control {columns.control!r}: name "
-            "it as the control in the column mapping, or rename it in the table"
-        )
+    rules.refuse(
+        (fields["compound"] == "DMSO") & ~control,
+        f"'DMSO' beside the control {columns.control!r}: name it as the control in the column mapping, or rename it "
+        "in the table",
+    )
     fields.loc[control, "compound"] = "DMSO"
-    fields["concentration"] = _doses(raw, columns.concentration, control, image_csv)
-    if (fields["concentration"] < 0).any():
-        row = fields["row"][(fields["concentration"] < 0).idxmax()]
-        raise ScreenError(f"{image_csv}, line {row}: column {columns.concentration!r} is negative: mend the table")
-
+    # Many screens leave the concentration of the control empty.
+    fields["concentration"] = rules.numbers(
+        columns.concentration, rules.table[columns.concentration].mask(control, "0")
+    )
+    rules.refuse(fields["concentration"] < 0, f"column {columns.concentration!r} is negative: correct the table")
     for channel, (file_column, folder_column) in columns.channels.items():
-        path = _text(raw, file_column, image_csv, empty=True).str.replace("\\", "/")
-        if folder_column:
-            folder = _text(raw, folder_column, image_csv, empty=True).str.replace("\\", "/").str.strip("/")
-            path = (folder + "/" + path).str.lstrip("/").where(path != "", "")
-        # Also a drive of Windows, wherever this is read, and what no file can be named.
-        outside = path.str.contains(r"^/|^[^/]*:|[\x00-\x1f]", regex=True)
-        outside |= path.str.split("/").map(lambda parts: ".." in parts)
-        if outside.any():
-            row = fields["row"][outside.idxmax()]
-            raise ScreenError(
-                f"{image_csv}, line {row}: the {channel} file {path[row - 2]!r} leads out of the image folder: "
-                "name files inside it"
-            )
-        fields[f"{channel}_file"] = path
+        fields[f"{channel}_file"] = _file_paths(rules, channel, file_column, folder_column)
     named = pd.concat([fields[f"{channel}_file"] for channel in columns.channels])
-    twice = named[(named != "") & named.duplicated(keep=False)]
-    if len(twice):
-        rows = " and ".join(str(fields["row"][i]) for i in twice.index[twice == twice.iloc[0]][:2])
-        raise ScreenError(f"{image_csv}: lines {rows} name the same file {twice.iloc[0]}: mend the table")
+    rules.unique(named[named != ""], "name the same file {}: correct the table".format)
 
     if columns.site:
-        fields["site"] = _whole(raw, columns.site, image_csv)
+        fields["site"] = rules.whole(columns.site)
     else:
-        file_column = next(iter(columns.channels.values()))[0]
-        found = _first_group(raw[file_column].astype(str), columns.site_pattern, "site_pattern")
-        if found.isna().any():
-            row = fields["row"][found.isna().idxmax()]
-            raise ScreenError(
-                f"{image_csv}, line {row}: no site number ({columns.site_pattern}) in {file_column} "
-                f"{raw[file_column][row - 2]!r}: name the site's column in the column mapping"
-            )
-        name = f"{file_column} by site_pattern"
-        fields["site"] = _whole(found.to_frame(name), name, image_csv)
-    fields["replicate"] = _whole(raw, columns.replicate, image_csv) if columns.replicate else 1
+        first = next(iter(columns.channels.values()))[0]
+        found = rules.found(rules.table[first], columns.site_pattern, "site_pattern", "site number", first)
+        fields["site"] = rules.whole(f"{first} by site_pattern", found)
+    fields["replicate"] = rules.whole(columns.replicate) if columns.replicate else 1
     if columns.batch:
-        fields["batch"] = _text(raw, columns.batch, image_csv)
+        fields["batch"] = rules.text(columns.batch)
     else:
-        found = _first_group(fields["plate"], columns.batch_pattern, "batch_pattern")
-        if found.isna().any():
-            row = fields["row"][found.isna().idxmax()]
-            raise ScreenError(
-                f"{image_csv}, line {row}: no batch ({columns.batch_pattern}) in plate {fields['plate'][row - 2]!r}"
-                f": name the batch's column in the column mapping"
-            )
-        fields["batch"] = found
+        fields["batch"] = rules.found(fields["plate"], columns.batch_pattern, "batch_pattern", "batch", "plate")
     for name, column in (("table_number", columns.table), ("image_number", columns.image)):
-        fields[name] = _whole(raw, column, image_csv) if column in raw else 0
-
+        fields[name] = rules.whole(column) if column in rules.table else 0
     fields["treatment"] = [
         treatment_name(*pair) for pair in zip(fields["compound"], fields["concentration"], strict=True)
     ]
     # Plates 1, 2, 3 of every batch would be merged, and corrected for illumination as one.
-    mend = "give plates names of their own, such as batch_plate"
-    _refuse_two(fields, ["plate"], "batch", "the batch of plate {plate!r}", mend, image_csv)
+    fix = "give plates names of their own, such as batch_plate"
+    rules.one_value(fields, ["plate"], "batch", "the batch of plate {plate!r}", fix)
     what = "the treatment of well {well!r} of plate {plate!r}"
-    _refuse_two(fields, ["plate", "well"], "treatment", what, f"{mend}, or a well one treatment", image_csv)
-    twice = fields.index[fields.duplicated(["plate", "well", "site"], keep=False)]
-    if len(twice):
-        plate, well, site = fields.loc[twice[0], ["plate", "well", "site"]]
-        same = (fields["plate"] == plate) & (fields["well"] == well) & (fields["site"] == site)
-        rows = " and ".join(str(row) for row in fields["row"][same][:2])
-        raise ScreenError(
-            f"{image_csv}: lines {rows} are both site {site} of well {well} of plate {plate}: number the sites of a "
-            "well, and keep one plane of a focus stack"
-        )
-    fields["moa"] = _text(raw, columns.moa, image_csv, empty=True, none=NO_MECHANISM) if columns.moa else ""
+    rules.one_value(fields, ["plate", "well"], "treatment", what, f"{fix}, or every well one treatment")
+    rules.unique(
+        fields[["plate", "well", "site"]],
+        "are both site {0[site]} of well {0[well]} of plate {0[plate]}: number the sites of a well, and keep one "
+        "plane of a focus stack".format,
+    )
+    fields["moa"] = rules.text(columns.moa, empty=True, none=NO_MECHANISM) if columns.moa else ""
     if moa_csv is not None:
         known = read_mechanisms(moa_csv, columns)
         absent = sorted(set(known) - set(fields["treatment"]) - {"DMSO"})
         if absent:
-            raise ScreenError(
+            raise UserError(
                 f"{moa_csv}: {len(absent)} annotated treatment(s) have no image in {image_csv}, the first is "
-                f"{absent[0]!r}: mend the compound's name or concentration, or take the line out"
+                f"{absent[0]!r}: correct the compound's name or concentration, or take the line out"
             )
         fields["moa"] = fields["treatment"].map(known).fillna("")
     fields.loc[control, "moa"] = "DMSO"
-    _refuse_two(fields, ["treatment"], "moa", "{treatment!r}", "keep one", image_csv)
+    rules.one_value(fields, ["treatment"], "moa", "{treatment!r}", "keep one")
     fields["part"] = np.where(control, "dmso", np.where(fields["moa"] == "", "unannotated", "annotated"))
     return fields
 
 
-def read_mechanisms(moa_csv, columns: ScreenColumns | None = None) -> dict[str, str]:
-    """Treatment name -> mechanism of action, from a table of compound, concentration and mechanism."""
+def read_mechanisms(moa_csv: str | Path, columns: ScreenColumns | None = None) -> dict[str, str]:
+    """Treatment name -> mechanism of action, from a table of compound, concentration and mechanism.
+
+    Raises
+    ------
+    UserError
+        The table cannot be read, lacks a column or a value, or names two mechanisms for one treatment.
+    """
     columns = columns or ScreenColumns()
-    table = _read_csv(Path(moa_csv), "MOA table")
+    rules = TableRules(read_csv(moa_csv, "MOA table"), moa_csv)
     compound, concentration, moa = columns.moa_table
-    _require(table, columns.moa_table, moa_csv)
-    names = _text(table, compound, moa_csv)
-    doses = _doses(table, concentration, names == columns.control, moa_csv)
-    treatments = [
-        treatment_name("DMSO" if name == columns.control else name, dose)
-        for name, dose in zip(names, doses, strict=True)
-    ]
-    mechanisms = _text(table, moa, moa_csv, none=NO_MECHANISM)
-    known: dict[str, str] = {}
-    for line, (treatment, mechanism) in enumerate(zip(treatments, mechanisms, strict=True), start=2):
-        if known.setdefault(treatment, mechanism) != mechanism:
-            raise ScreenError(
-                f"{moa_csv}, line {line}: {treatment!r} is {mechanism!r} here and {known[treatment]!r} above: keep one"
-            )
-    return known
+    rules.require(columns.moa_table)
+    names = rules.text(compound)
+    control = names == columns.control
+    doses = rules.numbers(concentration, rules.table[concentration].mask(control, "0"))
+    treatments = [treatment_name(*pair) for pair in zip(names.mask(control, "DMSO"), doses, strict=True)]
+    known = pd.DataFrame({"treatment": treatments, "moa": rules.text(moa, none=NO_MECHANISM)})
+    rules.one_value(known, ["treatment"], "moa", "{treatment!r}", "keep one")
+    return dict(zip(known["treatment"], known["moa"], strict=True))
 
 
-def _read_csv(path: Path, what: str) -> pd.DataFrame:
-    if not path.is_file():
-        raise ScreenError(f"{what} {path} does not exist: give its path (plain or .gz)")
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            content = file.read(MOST_BYTES + 1)
-        if len(content) > MOST_BYTES:
-            raise ValueError(f"it holds more than {MOST_BYTES:,} bytes")
-        if b"\0" in content:  # which some versions of pandas take for a cell's end
-            raise ValueError(f"line {content[: content.index(0)].count(10) + 1} holds a NUL")
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)  # of rows that are longer than the header
-            table = pd.read_csv(io.BytesIO(content), dtype=str, keep_default_na=False, index_col=False)
-    except (ValueError, OSError, EOFError, zlib.error, pd.errors.ParserWarning) as error:
-        reason = " ".join(str(error).split())
-        raise ScreenError(
-            f"{what} {path} cannot be read as CSV ({reason}): save it as CSV in UTF-8, or fetch it again"
-        ) from error
-    short = table.isna().any(axis=1)  # empty cells are text here, so only those that the line lacks
-    if short.any():
-        raise ScreenError(f"{what} {path}, line {int(short.idxmax()) + 2}: fewer values than columns: fetch it again")
-    return table
-
-
-def _require(table: pd.DataFrame, columns, path) -> None:
-    for column in columns:
-        if column not in table:
-            raise ScreenError(
-                f"{path} has no column {column!r} (it has {', '.join(map(str, table.columns))}): name one of these in "
-                "the column mapping (dataset_scripts/other_screens.md), or fetch the table again"
-            )
-
-
-def _refuse_two(fields: pd.DataFrame, keys: list[str], name: str, what: str, mend: str, path) -> None:
-    """Refuse two values of the column `name` for one of the columns `keys`."""
-    first = fields.groupby(keys)[name].transform("first")
-    if (other := fields[name] != first).any():
-        i = other.idxmax()
-        row = fields.loc[i]
-        raise ScreenError(
-            f"{path}, line {row['row']}: {what.format(**row)} is {row[name]!r} here and {first[i]!r} above: {mend}"
-        )
-
-
-def _text(table: pd.DataFrame, column: str, path, empty: bool = False, none: tuple[str, ...] = ()) -> pd.Series:
-    """Stripped text; what stands in `none` counts as empty, which is refused unless `empty`."""
-    text = table[column].astype(str).str.strip()
-    text = text.mask(text.isin(none), "")
-    if not empty and (text == "").any():
-        line = int((text == "").idxmax()) + 2
-        raise ScreenError(f"{path}, line {line}: column {column!r} is empty: fill it in, or take the line out")
-    return text.astype(object)
-
-
-def _names(table: pd.DataFrame, column: str, path) -> pd.Series:
-    """Text that may become a file's name, and so may not lead out of a folder."""
-    names = _text(table, column, path)
-    bad = names.str.contains(r"[/\\\x00-\x1f]", regex=True) | names.isin([".", ".."]) | (names.str.len() > 100)
-    if bad.any():
-        i = int(bad.idxmax())
-        raise ScreenError(
-            f"{path}, line {i + 2}: column {column!r} is {names[i][:40]!r}, which cannot name a file: "
-            "give a short name without slashes"
-        )
-    return names
-
-
-def _numbers(table: pd.DataFrame, column: str, path) -> pd.Series:
-    numbers = pd.to_numeric(table[column], errors="coerce")
-    bad = ~np.isfinite(numbers)
-    if bad.any():
-        i = int(bad.idxmax())
-        raise ScreenError(f"{path}, line {i + 2}: column {column!r} is {table[column][i]!r}, which is not a number")
-    return numbers
-
-
-def _doses(table: pd.DataFrame, column: str, control: pd.Series, path) -> pd.Series:
-    """Numbers, 0 for the control, whose concentration many screens leave empty."""
-    return _numbers(table[column].mask(control, "0").to_frame(), column, path)
-
-
-def _whole(table: pd.DataFrame, column: str, path) -> pd.Series:
-    numbers = _numbers(table, column, path)
-    if (bad := (numbers != numbers.round()) | (numbers.abs() > MOST_WHOLE)).any():
-        i = int(bad.idxmax())
-        raise ScreenError(
-            f"{path}, line {i + 2}: column {column!r} is {table[column][i]!r}, which is not a whole number of at most "
-            f"{MOST_WHOLE:,}"
-        )
-    return numbers.astype(int)
-
-
-def _first_group(text: pd.Series, pattern: str, name: str) -> pd.Series:
-    """What the pattern's first group finds in each text, NaN where it finds nothing."""
-    try:
-        return text.str.extract(pattern).iloc[:, 0]
-    except (ValueError, TypeError, re.error) as error:
-        raise ScreenError(f"{name} {pattern!r} ({error}): give a regular expression with a group") from error
-
-
-def channel_pattern(name: str) -> bool:
-    """True for a channel name that can be a column of the dataset (letters, digits, underscores)."""
-    return re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) is not None
+def _file_paths(rules: TableRules, channel: str, file_column: str, folder_column: str | None) -> pd.Series:
+    """Folder and name of a channel's images, with forward slashes; "" where the table names none."""
+    path = rules.text(file_column, empty=True)
+    if folder_column:
+        path = (rules.text(folder_column, empty=True) + "/" + path).where(path != "", "")
+    path = path.map(portable_path)
+    rules.refuse(
+        path.str.contains(r"[\x00-\x1f]", regex=True),
+        lambda row: f"the {channel} file {path[row]!r} cannot name a file: correct the table",
+    )
+    return path

@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,58 @@ def tiny_screen(tiny_raw):
     folder = tiny_raw.with_name("built")
     build_dataset(tiny_raw, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def raw_screen(tmp_path_factory):
+    """Raw folder of a screen whose images are as small as they can be; only to be read."""
+    from dataset_scripts import simulate_screen
+
+    folder = tmp_path_factory.mktemp("prepare") / "raw"
+    return simulate_screen(folder, "tiny", 11, image_size=(64, 80), scale=0.25, progress=False)
+
+
+@pytest.fixture(scope="session")
+def built_screen(raw_screen, tmp_path_factory):
+    """The dataset folder of that screen; only to be read."""
+    from dataset_scripts import build_dataset
+
+    output = tmp_path_factory.mktemp("prepare") / "dataset"
+    build_dataset(raw_screen, output, progress=False)
+    return output
+
+
+@pytest.fixture(scope="session")
+def archive_raw(tmp_path_factory):
+    """Raw folder of a screen of two plates."""
+    from dataset_scripts import simulate_screen
+
+    size = {"image_size": (48, 56), "scale": 0.25, "batches": 2, "replicates": 1, "fields_per_well": 1}
+    return simulate_screen(tmp_path_factory.mktemp("download") / "raw", "tiny", 2, progress=False, **size)
+
+
+@pytest.fixture
+def archive_server(archive_raw, tmp_path, monkeypatch):
+    """A server of that screen in the public layout: tables, and one zip per plate with `<plate>/<file>` inside."""
+    from archive_server import Server
+
+    from dataset_scripts.archives import archive_name
+
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    folder = tmp_path / "www"
+    folder.mkdir()
+    for name in ("BBBC021_v1_image.csv", "BBBC021_v1_moa.csv"):
+        shutil.copy(archive_raw / name, folder)
+    (folder / "BBBC021_v1_compound.csv").write_text("compound,smiles\n")
+    for plate in sorted(archive_raw.glob("Week*/Week*")):
+        with zipfile.ZipFile(folder / archive_name(plate.name), "w", zipfile.ZIP_DEFLATED) as archive:
+            for path in sorted(plate.iterdir()):
+                archive.write(path, f"{plate.name}/{path.name}")
+    server = Server(folder)
+    yield server
+    server.shutdown()
+    server.server_close()
 
 
 @pytest.fixture(scope="session")

@@ -162,20 +162,20 @@ def test_two_builds_of_one_dataset_folder_do_not_harm_each_other(tiny_raw, tmp_p
     from dataset_scripts import prepare
 
     words = ["--raw", str(tiny_raw), "--output", str(tmp_path / "built"), "--workers", "1"]
-    run, said = prepare._run, []
+    run, said = prepare.build_plates, []
 
     def while_another_starts(*arguments):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(prepare, "_run", run)
+            patch.setattr(prepare, "build_plates", run)
             with pytest.raises(SystemExit) as ended:
                 prepare.main(words)
         said.append((ended.value.code, capsys.readouterr().err))
         run(*arguments)
 
-    monkeypatch.setattr(prepare, "_run", while_another_starts)
+    monkeypatch.setattr(prepare, "build_plates", while_another_starts)
     prepare.main(words)
-    assert said[0][0] == 2 and "another wsdino-prepare is building" in said[0][1]
-    monkeypatch.setattr(prepare, "_run", run)
+    assert said[0][0] == 2 and "wsdino-prepare is building" in said[0][1]
+    monkeypatch.setattr(prepare, "build_plates", run)
     prepare.main(["--raw", str(tiny_raw), "--output", str(tmp_path / "alone"), "--workers", "1"])
     first, alone = (
         {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.parquet")}

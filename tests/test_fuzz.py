@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dataset_scripts import ScreenError
-from dataset_scripts.plates import read_plane
+from dataset_scripts.images import read_plane
 from dataset_scripts.screen import ScreenColumns, read_mechanisms, read_screen
 from evaluation_wsdino.not_same_compound.not_same_compound import not_same_compound
 from modeling_wsdino import WSDinoImageProcessor
+from wsdino.errors import UserError
 
 
 def drawn(examples):
@@ -103,7 +103,7 @@ def test_image_tables(tmp_path, content):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             fields = read_screen(path)
-    except ScreenError as error:
+    except UserError as error:
         assert "image.csv" in str(error)
     else:
         check_fields(fields)
@@ -118,7 +118,7 @@ def test_moa_tables(tmp_path, content):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             known = read_mechanisms(path)
-    except ScreenError as error:
+    except UserError as error:
         assert "moa.csv" in str(error)
     else:
         assert all(isinstance(name, str) and name and isinstance(moa, str) and moa for name, moa in known.items())
@@ -131,7 +131,7 @@ def test_compressed_tables(tmp_path, content):
     path.write_bytes(content)
     try:
         fields = read_screen(path)
-    except ScreenError as error:
+    except UserError as error:
         assert "image.csv.gz" in str(error)
     else:
         check_fields(fields)
@@ -151,7 +151,7 @@ def test_rows_of_anything(tmp_path, values):
         csv.writer(file).writerows([HEADER.split(","), ROWS[2].split(","), values])
     try:
         fields = read_screen(path)
-    except ScreenError as error:
+    except UserError as error:
         assert "image.csv" in str(error)
     else:
         check_fields(fields)
@@ -190,7 +190,7 @@ def test_images(tmp_path, content):
         warnings.simplefilter("ignore")
         try:
             plane = read_plane(path)
-        except ScreenError as error:
+        except UserError as error:
             assert "field.tif" in str(error)
         else:
             assert plane.ndim == 2 and plane.dtype == np.uint16

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from dataset_scripts.images import MAX_PIXELS, read_image
-from dataset_scripts.screen import ScreenError
+from wsdino.errors import UserError
 
 PLANE = np.random.default_rng(0).integers(0, 65535, (20, 24)).astype(np.uint16)
 
@@ -64,7 +64,7 @@ def test_big_endian_tiffs_are_read_in_the_machine_s_order():
 
 def test_a_stack_is_refused():
     """Its first page alone would be read, silently."""
-    with pytest.raises(ScreenError, match="field 7 holds 3 images: give one file a channel and field"):
+    with pytest.raises(UserError, match="field 7 holds 3 images: give one file per channel and field"):
         read_image(io.BytesIO(tiff(PLANE, pages=3)), "field 7")
 
 
@@ -72,7 +72,7 @@ def test_a_stack_is_refused():
 def test_a_stack_of_one_directory_is_refused(description, count):
     """As ImageJ writes large ones: one directory, whose description tells of the planes that follow."""
     stack = encoded("TIFF", description=f"ImageJ=1.54f\n{description}\n")
-    with pytest.raises(ScreenError, match=f"field 7 holds {count} images: give one file a channel and field"):
+    with pytest.raises(UserError, match=f"field 7 holds {count} images: give one file per channel and field"):
         read_image(io.BytesIO(stack), "field 7")
 
 
@@ -90,7 +90,7 @@ def test_bombs_are_refused_by_their_header(monkeypatch, width, height):
     assert width * height > MAX_PIXELS == 100_000_000
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(ScreenError, match="row 3 has more than 100,000,000 pixels, the most that are read: cut"):
+        with pytest.raises(UserError, match="row 3 has more than 100,000,000 pixels, the most that are read: cut"):
             read_image(io.BytesIO(bomb), "row 3")
 
 
@@ -108,7 +108,7 @@ def test_a_large_image_below_the_limit_is_read_without_a_warning():
     ("kind", "options"), [("TIFF", {}), ("TIFF", {"compression": "tiff_deflate"}), ("PNG", {})], ids=str
 )
 def test_any_damage_is_one_sentence_or_an_image(kind, options, capfd):
-    """Bytes changed and cut at random: nothing but a ScreenError comes out."""
+    """Bytes changed and cut at random: nothing but a UserError comes out."""
     random, whole, refused = np.random.default_rng(1), encoded(kind, **options), 0
     for trial in range(600):
         content = bytearray(whole)
@@ -119,7 +119,7 @@ def test_any_damage_is_one_sentence_or_an_image(kind, options, capfd):
         try:
             plane, _ = read_image(io.BytesIO(bytes(content)), "field 7")
             assert plane.ndim == 2
-        except ScreenError as error:
+        except UserError as error:
             refused += 1
             assert str(error).startswith("field 7 ") and ": " in str(error)
     assert refused > 100
@@ -136,10 +136,10 @@ def test_any_damage_is_one_sentence_or_an_image(kind, options, capfd):
     ],
 )
 def test_faults_are_named(content, message):
-    with pytest.raises(ScreenError, match=f"well B02 {message}"):
+    with pytest.raises(UserError, match=f"well B02 {message}"):
         read_image(io.BytesIO(content), "well B02")
 
 
 def test_a_missing_file(tmp_path):
-    with pytest.raises(ScreenError, match="b.tif is missing: fetch it again"):
+    with pytest.raises(UserError, match="b.tif is missing: fetch it again"):
         read_image(tmp_path / "b.tif", f"{tmp_path / 'b.tif'}")

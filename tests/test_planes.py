@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from dataset_scripts import Planes, open_fields, open_planes
-from dataset_scripts.plates import encode_png
+from dataset_scripts.png import encode_png
 from wsdino.errors import UserError
 
 

@@ -29,6 +29,7 @@ ALLOWED = {
             "scipy",
             "skimage",
             "tqdm",
+            "threadpoolctl",
         )
     },
     "evaluation_wsdino": {
