@@ -14,7 +14,6 @@ _HOME = {
     "SCREEN_SIZES": "simulator.screen_design",
     "ScreenColumns": "screen",
     "ScreenDesign": "simulator.screen_design",
-    "ScreenError": "screen",
     "build_dataset": "prepare",
     "check_fields_once": "open_dataset",
     "draw_crops": "simulator.drawing",

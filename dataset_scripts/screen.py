@@ -17,12 +17,11 @@ from wsdino.errors import UserError
 from wsdino.files import read_json
 
 from .image_paths import portable_path
-from .table_rules import TableRules, read_csv
+from .table_rules import TableRules
+from .tables import read_tables
 
 PARTS = ("annotated", "dmso", "unannotated")
 NO_MECHANISM = ("NA", "N/A", "NaN", "nan", "None", "null", "<NA>")  # as R, pandas and others write an empty cell
-
-ScreenError = UserError  # the old name, until every file uses the new one
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,8 @@ def read_screen(
     Parameters
     ----------
     image_csv, moa_csv : path
-        Plain or gzipped CSV. `moa_csv` may be None where the image table has a MOA column, or nothing is annotated.
+        In any form that `dataset_scripts.tables.read_tables` knows. `moa_csv` may be None where the image table has a
+        MOA column, or nothing is annotated.
     columns : ScreenColumns, optional
         Default: the official BBBC021 names.
     table : pandas.DataFrame, optional
@@ -149,7 +149,7 @@ def read_screen(
         no image shows.
     """
     columns = columns or ScreenColumns()
-    table = read_csv(image_csv, "image table") if table is None else table.fillna("").astype(str)
+    table = read_tables(image_csv, "image table") if table is None else table.fillna("").astype(str)
     rules = TableRules(table, image_csv)
     rules.require(columns.image_columns())
     if table.empty:
@@ -226,7 +226,7 @@ def read_mechanisms(moa_csv: str | Path, columns: ScreenColumns | None = None) -
         The table cannot be read, lacks a column or a value, or names two mechanisms for one treatment.
     """
     columns = columns or ScreenColumns()
-    rules = TableRules(read_csv(moa_csv, "MOA table"), moa_csv)
+    rules = TableRules(read_tables(moa_csv, "MOA table"), moa_csv)
     compound, concentration, moa = columns.moa_table
     rules.require(columns.moa_table)
     names = rules.text(compound)

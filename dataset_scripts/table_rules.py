@@ -1,10 +1,6 @@
 """Rules that the columns of a table must keep; every refusal names the file, the line and the column."""
 
-import gzip
-import io
 import re
-import warnings
-import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -13,8 +9,8 @@ import pandas as pd
 
 from wsdino.errors import UserError
 
-FILE, LINE = "_file", "_line"  # columns that say where a row of a table came from
-MOST_BYTES = 1_000_000_000  # of a table, unpacked: 300 times BBBC021's; a larger .gz is a bomb
+from .tables import FILE, LINE
+
 MOST_WHOLE = 2**31 - 1  # the dataset's columns of whole numbers are int32
 
 
@@ -140,40 +136,3 @@ class TableRules:
             rows = twice.index[same][:2]
             lines = " and ".join(str(self.lines[row]) for row in rows)
             raise UserError(f"{self.files[rows[0]]}: lines {lines} {sentence(twice.iloc[0])}")
-
-
-def read_csv(path: str | Path, what: str) -> pd.DataFrame:
-    """Read a plain or gzipped CSV in UTF-8 as text, every cell of it.
-
-    Parameters
-    ----------
-    path : path
-    what : str
-        Names the table in messages.
-
-    Raises
-    ------
-    UserError
-        The file is missing, larger than 1 GB, or no table.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{what} {path} does not exist: give its path (plain or .gz)")
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            content = file.read(MOST_BYTES + 1)
-        if len(content) > MOST_BYTES:
-            raise ValueError(f"it holds more than {MOST_BYTES:,} bytes")
-        if b"\0" in content:  # which some versions of pandas take for the end of a cell
-            raise ValueError(f"line {content[: content.index(0)].count(10) + 1} holds a NUL")
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)  # of rows that are longer than the header
-            table = pd.read_csv(io.BytesIO(content), dtype=str, keep_default_na=False, index_col=False)
-    except (ValueError, OSError, EOFError, zlib.error, pd.errors.ParserWarning) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{what} {path} cannot be read as CSV ({reason}): save it as CSV in UTF-8, or fetch it again"
-        ) from error
-    short = table.isna().any(axis=1)  # empty cells are text here, so only those that the line lacks
-    TableRules(table, path).refuse(short, "fewer values than columns: fetch it again")
-    return table

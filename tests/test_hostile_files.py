@@ -22,7 +22,7 @@ from test_rooms import ROOM_FILES, ROOT
 import extract_profiles
 import push_to_hub
 import train_accelerate
-from dataset_scripts import prepare, screen, table_rules
+from dataset_scripts import prepare, screen, tables
 from dataset_scripts.simulator import simulate
 from evaluation_wsdino import evaluate_profiles, report
 from modeling_wsdino import WSDinoImageProcessor, convert_checkpoint
@@ -122,7 +122,7 @@ def test_the_pages_of_a_file_count_together(tmp_path):
 
 def test_a_table_that_unpacks_to_more_than_any_screen_has(tmp_path, monkeypatch):
     """The limit is made small here; no more than it is ever unpacked."""
-    monkeypatch.setattr(table_rules, "MOST_BYTES", 100_000)
+    monkeypatch.setattr(tables, "MOST_BYTES", 100_000)
     (tmp_path / "image.csv.gz").write_bytes(gzip.compress(b"x" * 10**8))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(UserError, match="image.csv.gz .*more than 100,000 bytes"):

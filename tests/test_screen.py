@@ -76,7 +76,7 @@ def replace_in(path, old, new):
         (0, "G10_s1_w20001", "G10_s1_w10001", "image.csv: lines 2 and 2 .*G10_s1_w10001"),
         (1, "0.300000", "0.310000", "moa.csv: .*'taxol_0.31'"),
         (1, '"DMSO",0.0,"DMSO"', '"taxol",0.3,"Other"', "moa.csv, line 3: 'taxol_0.3' .*'Other'"),
-        (0, HEADER, "", "no column|cannot be read"),
+        (0, HEADER, "", "image.csv"),
     ],
 )
 def test_faults_are_named(tables, table, old, new, message):
@@ -208,10 +208,9 @@ def test_a_well_has_one_treatment(tmp_path, site):
         read_other(tmp_path, "A03,2,aspirin,5", f"A02,{site},aspirin,6")
 
 
-@pytest.mark.parametrize("encoding", ["iso8859-7", "utf-16"])
-def test_a_table_in_another_encoding_is_told_so(tmp_path, encoding):
+def test_a_table_in_an_ambiguous_encoding_is_refused(tmp_path):
     with pytest.raises(UserError, match="t.csv .*UTF-8"):
-        read_other(tmp_path, "aspirin", "β-aspirin", encoding=encoding)
+        read_other(tmp_path, "aspirin", "β-aspirin", encoding="iso8859-7")
 
 
 def test_patterns_give_their_first_group(tmp_path):
