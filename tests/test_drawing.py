@@ -225,7 +225,7 @@ def test_details_do_what_they_say(detail, channel, measure, sign, base):
 
 @pytest.mark.parametrize(
     ("number", "value", "measure", "sign"),
-    [("haze", 0.5, fine, -1), ("smear", 0.5, fine, 1), ("stripes", 5.0, rows, 1), ("hot", 1e-3, fine, 1)],
+    [("haze", 0.5, fine, -1), ("smear", 0.5, fine, -1), ("stripes", 5.0, rows, 1), ("hot", 1e-3, fine, 1)],
 )
 def test_optics_do_what_they_say(number, value, measure, sign):
     """On a flat picture with one bright square; smear shows as the correlation of a pixel's noise with the next's."""

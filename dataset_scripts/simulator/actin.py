@@ -41,9 +41,9 @@ def draw_actin(
         free = blur((label < 0).astype(np.float32), gaussian(label.shape, 5 * scale))
         signal += 9000 * phenotype.actin_ruffles * body * free * np.maximum(grain(rng, label.shape, 2, 12 * scale), 0)
     if phenotype.actin_specks:
-        specks = (rng.random(label.shape, dtype=np.float32) < 0.01 / scale**2) * body
+        specks = (rng.random(label.shape, dtype=np.float32) < rng.uniform(0.005, 0.05) / scale**2) * body
         specks *= rng.standard_exponential(label.shape, dtype=np.float32)
-        signal += 2500 * phenotype.actin_specks * spots(specks, rng.uniform(0.8, 1.6) * scale)
+        signal += 2500 * phenotype.actin_specks * spots(specks, rng.uniform(0.5, 0.9) * scale)
     if phenotype.filopodia:
         signal += _filopodia(rng, cells, phenotype, label, scale)
 

@@ -12,7 +12,7 @@ from .phenotypes import Phenotype
 from .surroundings import SURROUNDINGS, draw_surroundings
 from .tubulin import draw_tubulin
 
-MARGIN = 14  # pixels drawn around a crop: 68 + 2 * 14 = 96 is a fast size for Fourier transforms
+MARGIN = 6  # pixels drawn around a crop: 68 + 2 * 6 = 80 is a fast size for Fourier transforms
 
 
 def draw_field(

@@ -35,10 +35,10 @@ def draw_nuclei(
                 bodies.append((y, x, 12.0 * scale, 1.2, 0.10, 2.8, False, 0))
         elif draw[1] < phenotype.fragmented:
             packing = phenotype.packing
-            pieces = max(2, rng.poisson(phenotype.fragments * (1 + packing)))
-            share = rng.dirichlet(np.full(pieces, 2.5))
+            pieces = max(2, rng.poisson(phenotype.fragments * (1 + 3 * packing)))
+            share = rng.dirichlet(np.full(pieces, 2.5 + 6 * packing))
             for part in share:
-                away, angle = (1.15 - 0.3 * packing) * r * np.sqrt(rng.uniform(0.05, 1)), rng.uniform(0, 2 * np.pi)
+                away, angle = (1.15 - 0.2 * packing) * r * np.sqrt(rng.uniform(0.05, 1)), rng.uniform(0, 2 * np.pi)
                 size = max((1.25 + 0.4 * packing) * r * np.sqrt(part), 2.2 * scale)
                 place = (y + away * np.sin(angle), x + away * np.cos(angle))
                 bodies.append((*place, size, 1.2, 0.08, 1.15 * bright, False, 0, np.nan, 0.6 * packing))
@@ -100,28 +100,22 @@ def draw_nuclei(
 
 
 def _figure(rng, row, column, scale) -> list[tuple]:
-    """Bodies of a rounded cell's chromatin in prometaphase, in anaphase, condensed, or in apoptotic pieces."""
-    angle = rng.uniform(0, 2 * np.pi)
+    """Bodies of a rounded cell's chromatin in anaphase, condensed, in prometaphase, or in apoptotic pieces."""
     kind = rng.integers(4)
-    if kind == 0:  # clumps of chromosomes around the middle
-        clumps = []
-        for _ in range(rng.integers(6, 16)):
-            away, where = 11 * scale * np.sqrt(rng.uniform()), rng.uniform(0, 2 * np.pi)
-            place = (row + away * np.sin(where), column + away * np.cos(where))
-            clumps.append((*place, rng.uniform(3, 6) * scale, rng.uniform(1, 2), 0.1, rng.uniform(1.6, 3), False, 0))
-        return clumps
-    if kind == 1:  # two parallel plates
-        half = rng.uniform(4, 12) * scale
+    if kind == 0:  # two parallel plates
+        angle, half = rng.uniform(0, 2 * np.pi), rng.uniform(4, 12) * scale
         long, bright = rng.uniform(1.8, 3), rng.uniform(2, 3.2)
         middles = [(row + way * half * np.sin(angle), column + way * half * np.cos(angle)) for way in (-1, 1)]
         return [(*place, 8 * scale, long, 0.06, bright, False, 0, angle + np.pi / 2, 0) for place in middles]
-    if kind == 2:  # condensed
+    if kind == 1:
         return [
             (row, column, rng.uniform(6, 14) * scale, rng.uniform(1, 1.4), 0.05, rng.uniform(2, 4), False, 0, 0, 0.5)
         ]
-    pieces = []
-    for _ in range(rng.integers(3, 9)):
-        away, where = 13 * scale * np.sqrt(rng.uniform()), rng.uniform(0, 2 * np.pi)
-        place = (row + away * np.sin(where), column + away * np.cos(where))
-        pieces.append((*place, rng.uniform(1.5, 6) * scale, 1.1, 0.03, rng.uniform(1.5, 4), False, 0, 0, 0.5))
-    return pieces
+    # Many clumps of chromosomes around the middle, or a few round pieces.
+    pieces, smallest, elongation = (rng.integers(6, 16), 3, 1.5) if kind == 2 else (rng.integers(3, 9), 1.5, 1.1)
+    away, angle = 12 * scale * np.sqrt(rng.uniform(size=pieces)), rng.uniform(0, 2 * np.pi, pieces)
+    size, bright = rng.uniform(smallest, 6, pieces) * scale, rng.uniform(1.5, 3.5, pieces)
+    return [
+        (row + a * np.sin(t), column + a * np.cos(t), s, elongation, 0.06, b, False, 0, t, 0.3)
+        for a, t, s, b in zip(away, angle, size, bright, strict=True)
+    ]

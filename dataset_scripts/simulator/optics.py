@@ -28,7 +28,7 @@ class Optics:
     haze: float = 0.0  # share of the light that the optics spread widely
     haze_width: float = 0.0  # sd of that spread, raw pixels
     gradient: float = 0.0  # change of the background across a crop, relative to it
-    smear: float = 0.0  # share of a pixel's noise that its right neighbour gets too
+    smear: float = 0.0  # share of a pixel's light and noise that its right neighbour gets too
     stripes: float = 0.0  # sd of the rows' offsets, camera counts
     hot: float = 0.0  # share of pixels that are hot
     damaged: float = 0.0  # share of crops that have a plane of pure noise
@@ -44,16 +44,16 @@ def random_optics(rng: np.random.Generator) -> Optics:
     return Optics(
         gain=tuple((np.array([2.0, 1.2, 0.9]) * np.exp(rng.normal(0, 0.45, 3))).tolist()),
         background=tuple((np.array([700.0, 720.0, 780.0]) * np.exp(rng.normal(0, 0.2, 3))).tolist()),
-        blur=float(np.exp(rng.uniform(np.log(0.5), np.log(1.4))) * (rng.uniform(1, 2.5) if rare[0] < 0.1 else 1)),
+        blur=float(np.exp(rng.uniform(np.log(0.5), np.log(1.2))) * (rng.uniform(1, 2.5) if rare[0] < 0.1 else 1)),
         density=float(np.exp(rng.normal(0, 0.15))),
         cell_size=float(np.exp(rng.normal(0, 0.06))),
         centre=tuple(rng.uniform(-0.5, 1.5, 2).tolist()),
-        read_noise=float(np.exp(rng.uniform(np.log(0.5), np.log(8)))),
-        shot_noise=float(np.exp(rng.uniform(np.log(0.05), np.log(0.3)))),
-        focus=tuple((rng.uniform(0, 1, 3) ** 2 * (3.0, 1.5, 1.5)).tolist()),
-        haze=float(rng.uniform(0, 0.5)),
+        read_noise=float(np.exp(rng.uniform(np.log(1), np.log(6)))),
+        shot_noise=float(np.exp(rng.uniform(np.log(0.06), np.log(0.2)))),
+        focus=tuple((rng.uniform(0, 1, 3) ** 2 * (2.5, 0.8, 0.8)).tolist()),
+        haze=float(0.5 * rng.uniform() ** 2),
         haze_width=float(rng.uniform(3, 14)),
-        gradient=float(rng.uniform(0, 0.4)),
+        gradient=float(rng.uniform(0, 0.2)),
         smear=float(rng.uniform(0, 0.8)),
         stripes=float(rng.uniform(0, 3) * (rare[1] < 0.1)),
         hot=float(rng.uniform(0, 1e-3) * (rare[2] < 0.1)),
@@ -107,7 +107,8 @@ def photograph(
             background = background * (1 + optics.gradient * _slope(rng, image_size))
         counts = (seen * light * optics.gain[channel] + background) / 16
         noise = rng.standard_normal(counts.shape, dtype=np.float32)
-        if optics.smear:
+        if optics.smear:  # light and noise alike
+            counts = (counts + optics.smear * np.roll(counts, 1, axis=1)) / np.float32(1 + optics.smear)
             noise = (noise + optics.smear * np.roll(noise, 1, axis=1)) / np.float32(np.hypot(1, optics.smear))
         variance = optics.read_noise + optics.shot_noise * np.maximum(counts, 0)
         counts += noise * np.sqrt(variance).astype(np.float32)

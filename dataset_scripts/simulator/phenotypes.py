@@ -7,41 +7,17 @@ cell bodies about 100. A phenotype is a set of numbers, so that a dose is an int
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 
 # Numbers of a phenotype that stay below 1 when they are varied.
 SHARES = ("clustering", "rounded", "monopolar", "binucleate", "fragmented", "tubulin_bundling", "nucleus_offset")
 
-# Lowest value, highest value and unit of what real cells show beside the mechanisms' numbers. Each stands at 0 in a
-# simulated screen, where nothing is drawn for it, and is drawn at random for cells that a network learns from.
-DETAILS: dict[str, tuple[float, float, str]] = {
-    "chromatin": (0, 0.22, "contrast of chromatin grain at many scales"),
-    "chromatin_coarse": (0, 1, "0 = fine grain, 1 = coarse"),
-    "nucleus_rim": (0, 0.4, "brightness of the nuclear rim relative to the middle"),
-    "nucleus_dome": (0, 0.8, "share of a nucleus's light that follows its thickness"),
-    "packing": (0, 1, "0 = scattered pieces of a nucleus, 1 = a dense bunch of many"),
-    "figures": (0, 1, "share of rounded cells in other stages: prometaphase, anaphase, pyknotic, apoptotic"),
-    "defocus": (0, 5, "raw pixels: blur of rounded cells, which stand above the focus"),
-    "smoothness": (0, 1, "share of the outline's fine irregularity that is missing"),
-    "glow": (0, 1.2, "brightness of rounded cells above their flat neighbours"),
-    "floating": (0, 0.8, "blurred cells above the layer, per 10,000 raw pixels"),
-    "debris": (0, 3, "bright specks, per 10,000 raw pixels"),
-    "vacuoles": (0, 4, "dark holes per cell"),
-    "thickness": (0, 1, "share of a cell's light that follows its thickness"),
-    "nuclear_shadow": (0, 0.7, "share of tubulin missing at the nucleus"),
-    "tubulin_network": (0, 2.5, "brightness of a dense network of short filaments"),
-    "tubulin_sparsity": (0, 1, "0 = a haze of filaments, 1 = few single ones"),
-    "tubulin_order": (0, 1, "0 = around the nucleus, 1 = along the cell"),
-    "tubulin_edge": (0, 1.2, "brightness of tubulin at the cell's edge"),
-    "actin_mesh": (0, 0.7, "contrast of the fine actin mesh"),
-    "actin_order": (0, 1, "0 = mesh in all directions, 1 = along the cell"),
-    "actin_cortex": (0, 1.5, "brightness of a broad belt below the cell's edge"),
-    "actin_ruffles": (0, 2.5, "brightness of ruffles at free edges"),
-    "actin_specks": (0, 2, "brightness of fine specks"),
-    "filopodia": (0, 12, "thin spikes per cell"),
-}
+
+def _detail(highest: float, unit: str) -> float:
+    """A number that stands at 0 in a simulated screen and is up to `highest` for cells that a network learns from."""
+    return field(default=0.0, metadata={"range": (0, highest, unit)})
 
 
 @dataclass(frozen=True)
@@ -78,31 +54,31 @@ class Phenotype:
     tubulin_bundling: float = 0.05  # share of filaments that are thick bundles
     tubulin_perinuclear: float = 0.25  # brightness of the cloud on one side of the nucleus
     variability: float = 0.12  # log sd of sizes between cells of a population
-    # See `DETAILS` for what these are; 0 draws nothing.
-    chromatin: float = 0.0
-    chromatin_coarse: float = 0.0
-    nucleus_rim: float = 0.0
-    nucleus_dome: float = 0.0
-    packing: float = 0.0
-    figures: float = 0.0
-    defocus: float = 0.0
-    smoothness: float = 0.0
-    glow: float = 0.0
-    floating: float = 0.0
-    debris: float = 0.0
-    vacuoles: float = 0.0
-    thickness: float = 0.0
-    nuclear_shadow: float = 0.0
-    tubulin_network: float = 0.0
-    tubulin_sparsity: float = 0.0
-    tubulin_order: float = 0.0
-    tubulin_edge: float = 0.0
-    actin_mesh: float = 0.0
-    actin_order: float = 0.0
-    actin_cortex: float = 0.0
-    actin_ruffles: float = 0.0
-    actin_specks: float = 0.0
-    filopodia: float = 0.0
+    # Details: what real cells show beside the mechanisms' numbers.
+    chromatin: float = _detail(0.22, "contrast of chromatin grain at many scales")
+    chromatin_coarse: float = _detail(1, "0 = fine grain, 1 = coarse")
+    nucleus_rim: float = _detail(0.4, "brightness of the nuclear rim relative to the middle")
+    nucleus_dome: float = _detail(0.8, "share of a nucleus's light that follows its thickness")
+    packing: float = _detail(1, "0 = scattered pieces of a nucleus, 1 = a dense bunch of many")
+    figures: float = _detail(1, "share of rounded cells in other stages: prometaphase, anaphase, pyknotic, apoptotic")
+    defocus: float = _detail(5, "raw pixels: blur of rounded cells, which stand above the focus")
+    smoothness: float = _detail(1, "share of the outline's fine irregularity that is missing")
+    glow: float = _detail(1.2, "brightness of rounded cells above their flat neighbours")
+    floating: float = _detail(0.8, "blurred cells above the layer, per 10,000 raw pixels")
+    debris: float = _detail(3, "bright specks, per 10,000 raw pixels")
+    vacuoles: float = _detail(4, "dark holes per cell")
+    thickness: float = _detail(1, "share of a cell's light that follows its thickness")
+    nuclear_shadow: float = _detail(0.7, "share of tubulin missing at the nucleus")
+    tubulin_network: float = _detail(2.5, "brightness of a dense network of short filaments")
+    tubulin_sparsity: float = _detail(1, "0 = a haze of filaments, 1 = few single ones")
+    tubulin_order: float = _detail(1, "0 = around the nucleus, 1 = along the cell")
+    tubulin_edge: float = _detail(1.2, "brightness of tubulin at the cell's edge")
+    actin_mesh: float = _detail(0.7, "contrast of the fine actin mesh")
+    actin_order: float = _detail(1, "0 = mesh in all directions, 1 = along the cell")
+    actin_cortex: float = _detail(1.5, "brightness of a broad belt below the cell's edge")
+    actin_ruffles: float = _detail(2.5, "brightness of ruffles at free edges")
+    actin_specks: float = _detail(1.5, "brightness of fine specks")
+    filopodia: float = _detail(12, "thin spikes per cell")
 
     def blend(self, other: Phenotype, strength: float) -> Phenotype:
         """Interpolate every number: strength 0 gives this phenotype, 1 the other."""
@@ -117,6 +93,10 @@ class Phenotype:
         """A phenotype whose every number is multiplied by exp(N(0, sd)); a detail that is absent takes no draw."""
         present = [f.name for f in fields(self) if f.name not in DETAILS or getattr(self, f.name)]
         return replace(self, **{name: getattr(self, name) * float(np.exp(rng.normal(0, sd))) for name in present})
+
+
+# Lowest value, highest value and unit of every detail.
+DETAILS: dict[str, tuple[float, float, str]] = {f.name: f.metadata["range"] for f in fields(Phenotype) if f.metadata}
 
 
 def mechanism_phenotypes() -> dict[str, Phenotype]:
