@@ -23,14 +23,15 @@ from collections import Counter
 from pathlib import Path
 
 FLAGS = (
-    "--channels dna --hidden_size 32 --num_hidden_layers 2 --num_attention_heads 2 --batch_size 4 --tile_size 32 "
-    "--global_crop_size 32 --local_crop_size 16 --local_crops 3 --num_prototypes 64 --head_hidden_dim 32 "
-    "--head_bottleneck_dim 16 --drop_path_rate 0.2 --log_every 1 --save_every 1 --eval_every 2"
+    "--channels dna --hidden_size 32 --num_hidden_layers 2 --num_attention_heads 2 "
+    "--per_device_train_batch_size 4 --tile_size 32 --global_crop_size 32 --local_crop_size 16 "
+    "--local_crops 3 --num_prototypes 64 --head_hidden_dim 32 --head_bottleneck_dim 16 --drop_path_rate 0.2 "
+    "--logging_steps 1 --save_every_epochs 1 --eval_every_epochs 2"
 ).split()
 # The same global batch on two processes. KoLeo's neighbours and drop path's draws are each process's own: without them
 # one process must find nearly the same losses.
-TWO = "--batch_size 2 --koleo_weight 0 --drop_path_rate 0".split()
-ONE = "--batch_size 4 --koleo_weight 0 --drop_path_rate 0".split()
+TWO = "--per_device_train_batch_size 2 --koleo_weight 0 --drop_path_rate 0".split()
+ONE = "--per_device_train_batch_size 4 --koleo_weight 0 --drop_path_rate 0".split()
 AIMS = ("any moment", "checkpoint", "evaluation")
 
 
@@ -56,7 +57,7 @@ def free_port() -> int:
 
 def log_of(run: Path) -> list[dict]:
     lines = [json.loads(line) for line in (run / "dna" / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
+    return [{name: value for name, value in line.items() if name != "pairs_per_second"} for line in lines]
 
 
 class Launch:
@@ -131,7 +132,7 @@ def kill_and_resume(folder: Path, kills: int, epochs: int, seed: int, longest: f
     build_dataset(folder / "raw", folder / "built", progress=False)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train_accelerate"])  # children start warm, so that kills fall inside training
-    flags = [*(TWO if processes > 1 else []), "--epochs", str(epochs)]
+    flags = [*(TWO if processes > 1 else []), "--num_train_epochs", str(epochs)]
 
     def start(run: str, flags=flags, processes=processes) -> Launch:
         return Launch(context, folder / "built", folder / run, flags, processes)
@@ -158,7 +159,7 @@ def kill_and_resume(folder: Path, kills: int, epochs: int, seed: int, longest: f
     if processes > 1:
         half = [*flags, "--stop_after_epoch", str(epochs // 2)]
         start("fewer", half).finish()
-        start("fewer", [*ONE, "--epochs", str(epochs)], 1).finish()
+        start("fewer", [*ONE, "--num_train_epochs", str(epochs)], 1).finish()
         pairs = [(a["loss"], b["loss"]) for a, b in zip(log_of(folder / "fewer"), whole, strict=True) if "loss" in a]
         seen["on_one"] = max(abs(a - b) / b for a, b in pairs)
     return seen

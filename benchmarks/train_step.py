@@ -31,7 +31,9 @@ import train_accelerate
 from benchmarks.plain_dino import PlainDino
 from dataset_scripts import Fields
 from modeling_wsdino.modeling_wsdino import to_dino_key
-from pretraining_wsdino import PairBatchSampler, PlanePairs
+from pretraining_wsdino import PairBatchSampler, Trainer, TrainingSettings
+from pretraining_wsdino.self_distillation import views_of
+from wsdino.launch import keep_freed_memory
 
 
 def screen(rows: int, height: int = 512, width: int = 640) -> Fields:
@@ -72,18 +74,17 @@ def now(device: str) -> float:
     return time.perf_counter()
 
 
-def make_run(arguments, dataset, folder: str):
-    return train_accelerate.ChannelRun(arguments, "dna", dataset, Path(folder))
+def make_run(settings: TrainingSettings, dataset: Fields, folder: str) -> Trainer:
+    return train_accelerate.channel_trainer(replace(settings, output_dir=folder), "dna", dataset)
 
 
 def batches(run, steps: int) -> list[dict]:
-    sampler = PairBatchSampler(run.data.pairs, batch_size=run.arguments.batch_size, total_steps=steps)
-    planes = PlanePairs(run.data.planes)
-    return [run.data.collator([planes[pair] for pair in pairs]) for pairs in sampler]
+    sampler = PairBatchSampler(run.data.pairs, batch_size=run.settings.per_device_train_batch_size, total_steps=steps)
+    return [run.data.collate([run.data.images[pair] for pair in pairs]) for pairs in sampler]
 
 
 def plain_of(run) -> PlainDino:
-    network = run.accelerator.unwrap_model(run.student)
+    network = run.objective.student
     projection = {name.removeprefix("mlp."): value for name, value in network.head.mlp.named_parameters("mlp")}
     weight = network.head.last_layer.parametrizations.weight
     projection |= {"length": weight.original0, "direction": weight.original1}
@@ -91,25 +92,23 @@ def plain_of(run) -> PlainDino:
     plain = PlainDino(
         {name: value.to(device) for name, value in network.backbone.to_dino_state_dict().items()},
         projection,
-        heads=run.arguments.num_attention_heads,
-        patch=run.arguments.patch_size,
+        heads=run.settings.num_attention_heads,
+        patch=run.settings.patch_size,
     )
     plain.center = plain.center.to(device)
     return plain
 
 
 def plain_step(run, plain: PlainDino, batch: dict, learning_rate: float) -> tuple[float, dict]:
-    a = run.arguments
-    views = {
-        part: list(run._views(batch[part], size).split(a.batch_size))
-        for part, size in (("global", a.global_crop_size), ("local", a.local_crop_size))
-    }
-    return plain.step(views["global"], views["local"], learning_rate=learning_rate, momentum=a.teacher_momentum)
+    a = run.settings
+    seen = views_of(batch, a, run.objective.max_intensity, run.objective.device)
+    whole, parts = (list(views.split(a.per_device_train_batch_size)) for views in seen)
+    return plain.step(whole, parts, learning_rate=learning_rate, momentum=a.teacher_momentum)
 
 
 def keep_gradients(run) -> dict:
     """A dictionary that the run's first step fills with the gradients it hands to AdamW, under plain_dino's names."""
-    network, kept = run.accelerator.unwrap_model(run.student), {}
+    network, kept = run.objective.student, {}
     names = {parameter: ("backbone", to_dino_key(name)) for name, parameter in network.backbone.named_parameters()}
     names |= {parameter: ("head", name) for name, parameter in network.head.mlp.named_parameters()}
     weight = network.head.last_layer.parametrizations.weight
@@ -135,7 +134,7 @@ def worker(kind: str, device: str, arguments, folder: str, rounds: int, connecti
         run = make_run(arguments, screen(64), folder)
         plain = plain_of(run)
     else:
-        train_accelerate.keep_freed_memory()  # part of what is compared: the plain process keeps the defaults
+        keep_freed_memory()  # part of what is compared: the plain process keeps the defaults
         run = make_run(replace(arguments, mixed_precision="bf16" if "bf16" in kind else "no"), screen(64), folder)
         gradients = keep_gradients(run)
     steps = batches(run, rounds + 1)
@@ -145,7 +144,7 @@ def worker(kind: str, device: str, arguments, folder: str, rounds: int, connecti
         if kind.startswith("plain"):
             loss, gradients = plain_step(run, plain, steps[step], arguments.learning_rate)
         else:
-            loss = float(run._step(step, [steps[step]])["loss"])
+            loss = float(run.step(step, [steps[step]])["loss"])
         connection.send((now(device) - start, loss))
         if step == 0:  # the round that warms up
             torch.save({name: value.cpu() for name, value in gradients.items()}, Path(folder, f"{kind}.pt"))
@@ -180,9 +179,11 @@ def main() -> None:
     device = "cuda" if given.gpu else "cpu"
     if not given.gpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # the workers', too: a run would take a GPU that is there
-    _, arguments = train_accelerate.parse_arguments(["--preset", "paper", "--init", "random", "--channels", "dna"])
+    arguments = train_accelerate.parse(["--preset", "paper", "--init", "random", "--channels", "dna"])
     batch = given.batch_size or (16 if given.gpu else 2)
-    arguments = replace(arguments, batch_size=batch, drop_path_rate=0.0, warmup_epochs=0, freeze_last_layer_epochs=0)
+    arguments = replace(
+        arguments, per_device_train_batch_size=batch, drop_path_rate=0.0, warmup_epochs=0, freeze_last_layer_epochs=0
+    )
     bf16 = given.gpu or given.bf16
     kinds = ["plain float32", "ours float32"] + ["ours bf16"] * bf16
     figures: dict = {"hardware": hardware(device), "batch_size": batch}

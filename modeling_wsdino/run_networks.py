@@ -64,7 +64,10 @@ class RunNetworks:
         init, whitened = self.arguments["init"], self.arguments["whiten_patches"]
         if init == "random" and not whitened:
             return {}
-        sources = {channel: self.run.initial_model(channel) if whitened else init for channel in self.channels}
+        sources = {
+            channel: self.run.initial_model(channel) if whitened else init.replace("{channel}", channel)
+            for channel in self.channels
+        }
         return {name: loaded(load_backbone, source, channel_names=[name]) for name, source in sources.items()}
 
     def untrained(self) -> dict[str, WSDinoModel]:
@@ -86,6 +89,8 @@ class RunNetworks:
         models = self.untrained()
         for channel, model in models.items():
             path = self.run.checkpoint(channel, step) / TEACHER_FILE
+            if self.arguments.get("objective") == "supervised":  # which has no teacher
+                path = path.with_name("model.safetensors")
             try:
                 state = {name.removeprefix("backbone."): tensor for name, tensor in load_file(path).items()}
                 wanted = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}

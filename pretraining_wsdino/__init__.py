@@ -1,44 +1,48 @@
-"""Self-distillation with weak labels: pairs, crops, head, loss, teacher and schedules, in plain PyTorch."""
+"""Self-distillation with weak labels: settings, pairs, crops, head, loss, schedules and the loop, in plain PyTorch."""
 
-from .arguments import TrainingArguments, TrainingError, changed_settings, check_arguments, preset_arguments
-from .distillation import (
-    DinoHead,
-    DinoLoss,
-    FeatureWindow,
-    MultiCropNetwork,
-    koleo_loss,
-    participation_ratio,
-    sinkhorn_targets,
-    update_teacher,
-)
+from .distillation import DinoHead, DinoLoss, MultiCropNetwork, koleo_loss, sinkhorn_targets, update_teacher
+from .monitors import FeatureWindow, collapse_verdict, participation_ratio
 from .multicrop import CropSpec, cut_window, draw_boxes, resize_windows
 from .pairs import PairBatchSampler, PlanePairs, WeakLabelPairCollator, WeakLabelPairSampler
 from .patch_whitening import whiten_patch_embedding
 from .schedules import cosine_schedule, linear_schedule
+from .self_distillation import SelfDistillation
+from .settings import PRESETS, LoopSettings, TrainingSettings, check_settings
+from .step_data import StepData, training_data
+from .supervised import Supervised
+from .trainer import Objective, Progress, Trainer, new_accelerator
 
 __all__ = [
+    "PRESETS",
     "CropSpec",
     "DinoHead",
     "DinoLoss",
     "FeatureWindow",
+    "LoopSettings",
     "MultiCropNetwork",
+    "Objective",
     "PairBatchSampler",
     "PlanePairs",
-    "TrainingArguments",
-    "TrainingError",
+    "Progress",
+    "SelfDistillation",
+    "StepData",
+    "Supervised",
+    "Trainer",
+    "TrainingSettings",
     "WeakLabelPairCollator",
     "WeakLabelPairSampler",
-    "changed_settings",
-    "check_arguments",
+    "check_settings",
+    "collapse_verdict",
     "cosine_schedule",
     "cut_window",
     "draw_boxes",
     "koleo_loss",
     "linear_schedule",
+    "new_accelerator",
     "participation_ratio",
-    "preset_arguments",
     "resize_windows",
     "sinkhorn_targets",
+    "training_data",
     "update_teacher",
     "whiten_patch_embedding",
 ]

@@ -1,4 +1,4 @@
-"""DINO's self-distillation: projection head, loss with a moving centre, EMA teacher, and monitors of collapse."""
+"""DINO's self-distillation: projection head, loss with a moving centre or Sinkhorn, EMA teacher."""
 
 from collections.abc import Iterable
 
@@ -11,14 +11,18 @@ from torch import nn
 class DinoHead(nn.Module):
     """Three-layer MLP, L2-normalised bottleneck and weight-normed prototypes (Caron et al. 2021, section 3).
 
-    Args:
-        in_dim: width of the backbone.
-        num_prototypes: outputs; 65,536 in the paper.
-        hidden_dim, bottleneck_dim: 2,048 and 256 in the paper.
-        free_norm: train the length of each prototype (the paper; DINO's `norm_last_layer=False`), or keep it at 1.
-        initializer_range: standard deviation of the MLP's truncated normals; 0.02 in DINO, whose layers are wide.
+    Parameters
+    ----------
+    in_dim : int
+        Width of the backbone.
+    num_prototypes : int
+        Outputs; 65,536 in the paper.
+    hidden_dim, bottleneck_dim : int
+        2,048 and 256 in the paper.
+    initializer_range : float
+        Standard deviation of the MLP's truncated normals; 0.02 in DINO, whose layers are wide.
 
-    `(n, in_dim)` -> `(n, num_prototypes)`.
+    The length of each prototype is trained (the paper; DINO's `norm_last_layer=False`).
     """
 
     def __init__(
@@ -27,7 +31,6 @@ class DinoHead(nn.Module):
         num_prototypes: int = 65536,
         hidden_dim: int = 2048,
         bottleneck_dim: int = 256,
-        free_norm: bool = True,
         initializer_range: float = 0.02,
     ):
         super().__init__()
@@ -45,16 +48,18 @@ class DinoHead(nn.Module):
         # Only the MLP has this initialisation in DINO; the prototypes keep nn.Linear's own, with unit length.
         last_layer = nn.Linear(bottleneck_dim, num_prototypes, bias=False)
         self.last_layer = nn.utils.parametrizations.weight_norm(last_layer, dim=0)
-        length = self.last_layer.parametrizations.weight.original0
-        nn.init.ones_(length)
-        length.requires_grad_(free_norm)
+        nn.init.ones_(self.last_layer.parametrizations.weight.original0)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.last_layer(F.normalize(self.mlp(features), dim=-1))
+        """`(n, in_dim)` to logits `(n, num_prototypes)`."""
+        bottleneck = F.normalize(self.mlp(features), dim=-1)
+        # In bfloat16 cosines near 1 are 0.004 apart; divided by the teacher's temperature that is a tenth of a nat.
+        with torch.autocast(bottleneck.device.type, enabled=False):
+            return self.last_layer(bottleneck.float())
 
 
 class MultiCropNetwork(nn.Module):
-    """Backbone and head over views of several sizes: one backbone pass a size, one head pass over all.
+    """Backbone and head over views of several sizes: one backbone pass per size, one head pass over all.
 
     `backbone(pixel_values, cls_only=True).pooler_output` must give `(n, dim)`.
     """
@@ -69,8 +74,13 @@ class MultiCropNetwork(nn.Module):
         return self.head(features), features
 
 
+def _num_processes() -> int:
+    together = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if together else 1
+
+
 def _sum_over_processes(value: torch.Tensor) -> torch.Tensor:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if _num_processes() > 1:
         torch.distributed.all_reduce(value)
     return value
 
@@ -83,20 +93,26 @@ def sinkhorn_targets(logits: torch.Tensor, temperature: float, iterations: int =
     exp(logits / temperature) are scaled in turn, the rows last, so that each image's targets sum to 1; the columns are
     those of one micro-batch over all processes.
 
-    Args:
-        logits: `(n, prototypes)`, this process's rows.
-        iterations: 3 in both papers.
+    Parameters
+    ----------
+    logits : torch.Tensor
+        `(n, prototypes)`, this process's rows; every process has as many.
+    temperature : float
+    iterations : int
+        3 in both papers.
 
-    Returns:
+    Returns
+    -------
+    torch.Tensor
         `(n, prototypes)` float32.
     """
     # In double precision, shifted by the largest logit of all, so that low temperatures neither overflow nor vanish.
     scaled = logits.double() / temperature
     largest = scaled.max()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if _num_processes() > 1:
         torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
     targets = torch.exp(scaled - largest)
-    rows = _sum_over_processes(torch.tensor(float(len(targets)), device=logits.device, dtype=torch.float64))
+    rows = float(len(targets) * _num_processes())
     for _ in range(iterations):
         columns = _sum_over_processes(targets.sum(0, keepdim=True)).clamp_min(1e-300)
         targets *= rows / (len(columns[0]) * columns)
@@ -119,16 +135,22 @@ def koleo_loss(features: torch.Tensor) -> torch.Tensor:
 class DinoLoss(nn.Module):
     """Cross-entropy of the student under centred, sharpened teacher targets, over all pairs of different views.
 
-    Args:
-        num_prototypes: columns of the logits.
-        student_temperature: 0.07 in the paper (0.1 in DINO).
-        center_momentum: 0.8 in the paper (0.9 in DINO).
-        centering: "mean", the moving centre of the paper and of DINO, or "sinkhorn", see `sinkhorn_targets`, which
-            leaves the centre unused.
-        group_size: neighbouring images of a batch that share a weak label and one target, made from the mean of the
-            teacher's logits over them; 1 in the paper.
-        student_sees_globals: whether the student's views begin with the teacher's (the paper, DINO), so that no view
-            is compared with itself, or are all its own.
+    Parameters
+    ----------
+    num_prototypes : int
+        Columns of the logits.
+    student_temperature : float
+        0.07 in the paper (0.1 in DINO).
+    center_momentum : float
+        0.8 in the paper (0.9 in DINO).
+    centering : {"mean", "sinkhorn"}
+        The moving centre of the paper and of DINO, or `sinkhorn_targets`, which leaves the centre unused.
+    group_size : int
+        Neighbouring images of a batch that share a weak label and one target, made from the mean of the teacher's
+        logits over them; 1 in the paper.
+    student_sees_globals : bool
+        Whether the student's views begin with the teacher's (the paper, DINO), so that no view is compared with
+        itself, or are all its own.
     """
 
     def __init__(
@@ -151,11 +173,18 @@ class DinoLoss(nn.Module):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss of one micro-batch, in float32 whatever the logits' precision.
 
-        Args:
-            student_logits: `(views * batch_size, prototypes)`, view-major, the teacher's views first.
-            teacher_logits: `(teacher views * batch_size, prototypes)`, view-major.
+        Parameters
+        ----------
+        student_logits : torch.Tensor
+            `(views * batch_size, prototypes)`, view-major, the teacher's views first.
+        teacher_logits : torch.Tensor
+            `(teacher views * batch_size, prototypes)`, view-major.
+        batch_size : int
+        teacher_temperature : float
 
-        Returns:
+        Returns
+        -------
+        torch.Tensor, dict
             The loss, and monitors (0-dimensional tensors, detached, in nats): `teacher_entropy`, mean entropy of the
             targets; `mean_entropy`, entropy of the mean target; `kl`, loss less teacher entropy over the same pairs.
             Collapse to one prototype drives the first two to 0, collapse to uniform drives both to ln(prototypes);
@@ -173,8 +202,8 @@ class DinoLoss(nn.Module):
             else:
                 targets = F.softmax((teacher - self.center) / teacher_temperature, dim=-1)
             targets = targets.repeat_interleave(self.group_size, 0).view(-1, batch_size, teacher.shape[-1])
-            # Every student view learns from the sum of the targets of all *other* views: one product a student view
-            # instead of one a pair.
+            # Every student view learns from the sum of the targets of all *other* views: one product per student view
+            # instead of one per pair.
             wanted = targets.sum(0, keepdim=True).expand(len(student), -1, -1).clone()
             if self.student_sees_globals:
                 wanted[: len(targets)] -= targets
@@ -196,53 +225,20 @@ class DinoLoss(nn.Module):
     def update_center(self) -> None:
         """Move the centre by the mean teacher output since the last call, over all micro-batches and processes.
 
-        Called once an optimiser step, so that all micro-batches of a step see the same centre.
+        Called once per optimiser step, so that all micro-batches of a step see the same centre.
         """
         mean = torch.stack(self._sums).mean(0)
         self._sums.clear()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            mean = _sum_over_processes(mean) / torch.distributed.get_world_size()
+        mean = _sum_over_processes(mean) / _num_processes()
         self.center.mul_(self.center_momentum).add_(mean, alpha=1 - self.center_momentum)
 
 
 @torch.no_grad()
 def update_teacher(student: nn.Module, teacher: nn.Module, momentum: float) -> None:
-    """teacher <- momentum * teacher + (1 - momentum) * student, all parameters in one fused call.
+    """Set teacher <- momentum * teacher + (1 - momentum) * student, all parameters in one fused call.
 
     Buffers, which are the running statistics of a convolutional stem's batch normalisation, are the student's.
     """
     torch._foreach_lerp_(list(teacher.parameters()), [p.detach() for p in student.parameters()], 1.0 - momentum)
     for ours, theirs in zip(teacher.buffers(), student.buffers(), strict=True):
         ours.copy_(theirs)
-
-
-def participation_ratio(features: torch.Tensor) -> float:
-    """(sum of eigenvalues)^2 / (sum of squared eigenvalues) of the features' covariance: how many directions vary.
-
-    `features (n, dim)`; 1 when everything varies along one line, at most min(dim, n - 1); 0 for constant features.
-    """
-    centred = features.double() - features.double().mean(0, keepdim=True)
-    gram = centred @ centred.T if len(centred) < centred.shape[1] else centred.T @ centred
-    squared = gram.square().sum()
-    return float(gram.trace().square() / squared) if squared > 0 else 0.0
-
-
-class FeatureWindow(nn.Module):
-    """The last `length` teacher features, kept to watch their participation ratio; saved with the training state."""
-
-    def __init__(self, length: int, dim: int):
-        super().__init__()
-        self.register_buffer("features", torch.zeros(length, dim))
-        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
-
-    @torch.no_grad()
-    def add(self, features: torch.Tensor) -> None:
-        """`features (n, dim)`; only the last `length` are kept when n is larger."""
-        features = features.detach()[-len(self.features) :].to(self.features)
-        # All on the device: asking for the count here would make the host wait for the teacher.
-        place = (self.seen + torch.arange(len(features), device=self.seen.device)) % len(self.features)
-        self.features[place] = features
-        self.seen += len(features)
-
-    def participation_ratio(self) -> float:
-        return participation_ratio(self.features[: min(int(self.seen), len(self.features))])

@@ -9,6 +9,7 @@ Networks that start without ImageNet weights take brightness and orientation for
 transposed, which with both flips gives all eight symmetries of the square, and its brightness may be varied.
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,6 +88,13 @@ def cut_window(plane: np.ndarray, box: np.ndarray, out: np.ndarray | None = None
     return out
 
 
+@functools.lru_cache
+def cubic_coefficients(a: float, device: torch.device) -> torch.Tensor:
+    """`(4, 4, 1)`: power of t, tap. Cached, since each copy to a GPU makes the host wait for the device."""
+    kernel = [[0, a, -2 * a, a], [1, 0, -(a + 3), a + 2], [0, -a, 2 * a + 3, -(a + 2)], [0, 0, a, -a]]
+    return torch.tensor(kernel, dtype=torch.float32, device=device).t()[..., None]
+
+
 def bicubic_taps(
     length: torch.Tensor, size: int, flip: torch.Tensor, a: float = -0.75
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,11 +103,20 @@ def bicubic_taps(
     Keys' cubic convolution kernel with `a = -0.75` at half-pixel centres, as in OpenCV's INTER_CUBIC and torch's
     bicubic without antialias; taps outside the crop take its border pixel.
 
-    Args:
-        length: `(...)` source lengths.
-        flip: `(...)` bool, reverses the output.
+    Parameters
+    ----------
+    length : torch.Tensor
+        `(...)` source lengths.
+    size : int
+        Pixels of the resized line.
+    flip : torch.Tensor
+        `(...)` bool, reverses the output.
+    a : float
+        Of the kernel.
 
-    Returns:
+    Returns
+    -------
+    torch.Tensor, torch.Tensor
         `(..., size, 4)` int32 in [0, length), and `(..., size, 4)` float32 that sum to 1.
     """
     device, length, flip = length.device, length.contiguous(), flip.contiguous()
@@ -107,9 +124,7 @@ def bicubic_taps(
     pixel = torch.where(flip[..., None], size - 1 - pixel, pixel)
     place = (pixel + 0.5) * (length[..., None] / size) - 0.5
     first = torch.floor(place)
-    # A line a tap: the coefficients of 1, t, t^2 and t^3.
-    kernel = [[0, a, -2 * a, a], [1, 0, -(a + 3), a + 2], [0, -a, 2 * a + 3, -(a + 2)], [0, 0, a, -a]]
-    c = torch.tensor(kernel, dtype=torch.float32, device=device).t()[..., None]
+    c = cubic_coefficients(a, device)
     t = (place - first).view(1, -1)
     weights = ((c[3] * t + c[2]) * t + c[1]) * t + c[0]
     taps = torch.arange(-1, 3, dtype=torch.int32, device=device)[:, None] + first.int().view(1, -1)
@@ -122,7 +137,7 @@ def transposed(images: torch.Tensor) -> torch.Tensor:
 
     Shuffling channels is a transposition of (groups, channels of a group), and of all transpositions the one that
     torch does with vector instructions on a processor: measured four times as fast as a strided copy. Other devices
-    lack it, and need it not.
+    lack it, and do not need it.
     """
     if images.device.type != "cpu":
         return images.transpose(1, 2).contiguous()
@@ -135,12 +150,18 @@ def transposed(images: torch.Tensor) -> torch.Tensor:
 def weighted_rows(images: torch.Tensor, taps: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Each row of the result is the sum of four weighted rows, in float32 whatever the settings for products.
 
-    Args:
-        images: `(n, rows, columns)` float32.
-        taps: `(n, size, 4)`, counted through the rows of all images.
-        weights: `(n, size, 4)` float32.
+    Parameters
+    ----------
+    images : torch.Tensor
+        `(n, rows, columns)` float32.
+    taps : torch.Tensor
+        `(n, size, 4)`, counted through the rows of all images.
+    weights : torch.Tensor
+        `(n, size, 4)` float32.
 
-    Returns:
+    Returns
+    -------
+    torch.Tensor
         `(n, size, columns)` float32.
     """
     n, size, _ = taps.shape

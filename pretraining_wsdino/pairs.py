@@ -11,17 +11,19 @@ processes draw the same slot (the released code's did), and resuming at step n c
 
 from collections.abc import Iterator, Sequence
 from mmap import mmap
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from .arguments import CONSTRAINTS, TrainingError
-from .multicrop import CropSpec, cut_window, draw_boxes, draw_log_gains
+from wsdino.errors import UserError
 
-# Separate streams of one seed: pair draws and crop draws must not share random numbers.
-PAIR_STREAM, CROP_STREAM = 0, 1
+from .multicrop import CropSpec, cut_window, draw_boxes, draw_log_gains
+from .settings import CONSTRAINTS
+
+# Separate streams of one seed: pair draws, crop draws and shuffled labels must not share random numbers.
+PAIR_STREAM, CROP_STREAM, LABEL_STREAM = 0, 1, 2
 
 
 def keyed_generator(seed: int, stream: int, step: int, slot: int = 0) -> np.random.Generator:
@@ -30,12 +32,16 @@ def keyed_generator(seed: int, stream: int, step: int, slot: int = 0) -> np.rand
 
 
 class Pair(NamedTuple):
-    """One slot of a global batch: the images (row numbers) of the global and of the local crops."""
+    """One slot of a global batch: the images (row numbers) of the global and of the local crops.
+
+    All pairs of a step share `fallbacks`, the number of its draws that fell back to each looser constraint.
+    """
 
     step: int
     slot: int
     anchor: int
     partner: int
+    fallbacks: dict[str, int] = {}
 
 
 class Stratum(NamedTuple):
@@ -51,31 +57,41 @@ class Stratum(NamedTuple):
 class WeakLabelPairSampler:
     """Label-balanced anchors and same-label partners for any step of a run, without state.
 
-    Args:
-        labels: weak label of every image, by row; None or "" means unlabelled. `None` in place of the sequence means
-            no weak labels at all, which is DINO: anchors uniform, each its own partner.
-        groups: for the constraints used, the group of every image, e.g. `{"well": [...], "plate": [...]}`; a well must
-            be named so that two plates' B02 differ.
-        constraint: what the partner must differ in, where the label allows it. "image": another image (the default;
-            what the paper describes). "well", "plate", "batch": another well, plate or batch; where the label has
-            none, the next looser constraint of this order is used, and such fallbacks are counted. "none": any image
-            of the label, the anchor included, as the released code drew (4.3 % of its BBBC021 draws paired an image
-            with itself).
-        unlabelled: "drop" leaves images without a label out; "self" lets each train as its own partner, drawn as often
-            as an image is on average, so that a partly labelled screen trains whole (the paper's section 5).
-        eligible: whether each image may be drawn at all; the others are held out, whatever their label.
-        anchor_group: "plate" or "batch": all anchors of a step come from one of them, drawn by its number of images,
-            with the labels it has drawn equally often. Targets that must differ within a step then cannot do so by
-            what plates or batches differ in, which nearly every compound's images share as well (37 of BBBC021's 38
-            compounds live in one week). "none" (the paper): from all images.
-        group_size: 1 draws pairs (the paper). With k > 1 a batch consists of groups of k different images that share a
-            label, of as many different labels as there are; each image is then anchor and partner of itself, and the
-            loss makes one target per group. Constraints and anchor groups do not apply.
-        seed: of the whole run.
+    Parameters
+    ----------
+    labels : sequence of str or None
+        Weak label of every image, by row; None or "" means unlabelled. `None` in place of the sequence means no weak
+        labels at all, which is DINO: anchors uniform, each its own partner.
+    groups : dict
+        For the constraints used, the group of every image, e.g. `{"well": [...], "plate": [...]}`; a well must be
+        named so that two plates' B02 differ.
+    constraint : str
+        What the partner must differ in, where the label allows it. "image": another image (the default; what the paper
+        describes). "well", "plate", "batch": another well, plate or batch; where the label has none, the next looser
+        constraint of this order is used, and such fallbacks are counted. "none": any image of the label, the anchor
+        included, as the released code drew (4.3 % of its BBBC021 draws paired an image with itself).
+    unlabelled : {"drop", "self"}
+        "drop" leaves images without a label out; "self" lets each train as its own partner, drawn as often as an image
+        is on average, so that a partly labelled screen trains whole (the paper's section 5).
+    eligible : sequence of bool, optional
+        Whether each image may be drawn at all; the others are held out, whatever their label.
+    anchor_group : {"none", "plate", "batch"}
+        "plate" or "batch": all anchors of a step come from one of them, drawn by its number of images, with the labels
+        it has drawn equally often. Targets that must differ within a step then cannot do so by what plates or batches
+        differ in, which nearly every compound's images share as well (37 of BBBC021's 38 compounds live in one week).
+        "none" (the paper): from all images.
+    group_size : int
+        1 draws pairs (the paper). With k > 1 a batch consists of groups of k different images that share a label, of
+        as many different labels as there are; each image is then anchor and partner of itself, and the loss makes one
+        target per group. Constraints and anchor groups do not apply.
+    seed : int
+        Of the whole run.
 
-    Raises:
-        TrainingError: an unknown constraint, a missing group column, lengths that differ, no image left, or a label
-            with a single image where groups are asked for.
+    Raises
+    ------
+    UserError
+        A missing group column, lengths that differ, no image left, or a label with a single image where groups are
+        asked for.
     """
 
     def __init__(
@@ -92,18 +108,14 @@ class WeakLabelPairSampler:
         seed: int = 0,
     ):
         self.group_size = group_size if labels is not None else 1
-        if constraint not in CONSTRAINTS:
-            raise TrainingError(f"--pair_constraint is {constraint!r}: use one of {', '.join(CONSTRAINTS)}.")
-        if unlabelled not in ("drop", "self"):
-            raise TrainingError(f"--unlabelled is {unlabelled!r}: use drop or self.")
         self.seed, self.constraint = seed, constraint
         self.num_images = len(labels) if labels is not None else int(num_images or 0)
         if self.num_images == 0:
-            raise TrainingError("The dataset has no images to train on: check --dataset and --part.")
+            raise UserError("The dataset has no images to train on: check --dataset and --subset.")
 
         rows = np.arange(self.num_images) if eligible is None else np.flatnonzero(eligible)
         if not len(rows):
-            raise TrainingError("Every image is held out of training: exclude fewer compounds.")
+            raise UserError("Every image is held out of training: exclude fewer compounds.")
         labels_given = labels if labels is not None else [None] * self.num_images
         names = ["" if name is None or name != name else str(name) for name in labels_given]
         known, codes = np.unique(np.array(names), return_inverse=True)
@@ -112,7 +124,7 @@ class WeakLabelPairSampler:
             if unlabelled == "drop":
                 rows = rows[label_of[rows] >= 0]
             if not (label_of[rows] >= 0).any():
-                raise TrainingError(
+                raise UserError(
                     "--weak_label names a column without values: every row of it is empty; choose another column."
                 )
         self.rows = rows
@@ -121,7 +133,7 @@ class WeakLabelPairSampler:
         self.starts = np.cumsum(self.label_counts) - self.label_counts
         if self.group_size > 1 and self.label_counts.min() < 2:
             alone = names[self.labelled[np.flatnonzero(self.label_counts[self.code] < 2)[0]]]
-            raise TrainingError(
+            raise UserError(
                 f"The weak label {alone!r} has a single image, of which --group_size {group_size} can make no group: "
                 "leave it out with --exclude_compounds, choose another --weak_label, or give --group_size 1."
             )
@@ -149,12 +161,12 @@ class WeakLabelPairSampler:
     def _groups(self, level: str, groups: dict[str, Sequence], flag: str) -> np.ndarray:
         """Integer group of every image at one level."""
         if level not in groups:
-            raise TrainingError(
+            raise UserError(
                 f"{flag} needs the column {level!r}, which the dataset lacks: add it or choose another value."
             )
         values = np.asarray(groups[level], dtype=object).astype(str)
         if len(values) != self.num_images:
-            raise TrainingError(f"The column {level!r} has {len(values)} values for {self.num_images} images.")
+            raise UserError(f"The column {level!r} has {len(values)} values for {self.num_images} images.")
         return np.unique(values, return_inverse=True)[1]
 
     def _stratum(self, labelled: np.ndarray, unlabelled: np.ndarray) -> Stratum:
@@ -180,7 +192,9 @@ class WeakLabelPairSampler:
     def draw(self, step: int, size: int) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
         """Anchors and partners of one global batch.
 
-        Returns:
+        Returns
+        -------
+        numpy.ndarray, numpy.ndarray, dict
             `anchors (size,)`, `partners (size,)` row numbers, and the number of draws that fell back to each looser
             constraint, e.g. `{"well": 3, "image": 1, "self": 0}`.
         """
@@ -243,7 +257,7 @@ class WeakLabelPairSampler:
 
 
 class PairBatchSampler(Sampler):
-    """This process's slice of every global batch from `first_step` on, as lists of `Pair` for a DataLoader.
+    """One process's slice of every global batch from `first_step` on, as lists of `Pair` for a DataLoader.
 
     A global batch of `batch_size * num_processes * accumulation` slots is cut into micro-batches; process r takes the
     r-th `batch_size` slots of each. The order of slots is thus the same for any number of processes.
@@ -270,31 +284,31 @@ class PairBatchSampler(Sampler):
 
     def __iter__(self) -> Iterator[list[Pair]]:
         for step in range(self.first_step, self.total_steps):
-            anchors, partners, _ = self.pairs.draw(step, self.global_batch)
+            anchors, partners, fallbacks = self.pairs.draw(step, self.global_batch)
             for micro in range(self.accumulation):
                 first = (micro * self.num_processes + self.process_index) * self.batch_size
                 slots = range(first, first + self.batch_size)
-                yield [Pair(step, slot, int(anchors[slot]), int(partners[slot])) for slot in slots]
+                yield [Pair(step, slot, int(anchors[slot]), int(partners[slot]), fallbacks) for slot in slots]
 
 
 class PlanePairs(Dataset):
     """Looks a `Pair` up in the planes: `(pair, anchor plane, partner plane)`, planes as `(height, width)` views.
 
-    Args:
-        planes: anything indexed by row that gives one channel's plane, e.g. a read-only memory map
-            `(fields, height, width)` of uint16 or uint8.
-        rows: rows of `planes` that the sampler's row numbers stand for (all, in order, by default).
+    Parameters
+    ----------
+    planes : numpy.ndarray
+        Anything indexed by row that gives one channel's plane, e.g. a read-only memory map `(fields, height, width)`
+        of uint16 or uint8.
     """
 
-    def __init__(self, planes, rows: Sequence[int] | None = None):
-        self.planes, self.rows = planes, rows
+    def __init__(self, planes: np.ndarray):
+        self.planes = planes
 
     def __len__(self) -> int:
-        return len(self.planes if self.rows is None else self.rows)
+        return len(self.planes)
 
     def __getitem__(self, pair: Pair) -> tuple[Pair, np.ndarray, np.ndarray]:
-        row = (lambda i: i) if self.rows is None else (lambda i: int(self.rows[i]))
-        return pair, self.planes[row(pair.anchor)], self.planes[row(pair.partner)]
+        return pair, self.planes[pair.anchor], self.planes[pair.partner]
 
     def __getstate__(self) -> dict:
         """With a whole memory map's file in place of its content, of which each spawned worker would hold a copy."""
@@ -317,21 +331,24 @@ class WeakLabelPairCollator:
     Only the windows are cut here (a copy of just their pixels); `resize_windows` makes them crops of one size on the
     training device.
 
-    Args:
-        global_crops, local_crops: what to draw; see `CropSpec`.
-        seed: of the run; crop boxes are keyed by (seed, step, slot).
+    Parameters
+    ----------
+    global_crops, local_crops : CropSpec
+        What to draw.
+    seed : int
+        Of the run; crop boxes are keyed by (seed, step, slot).
     """
 
     def __init__(self, global_crops: CropSpec, local_crops: CropSpec, seed: int = 0):
         self.global_crops, self.local_crops, self.seed = global_crops, local_crops, seed
 
-    def __call__(
-        self, items: Sequence[tuple[Pair, np.ndarray, np.ndarray]]
-    ) -> dict[str, dict[str, torch.Tensor] | torch.Tensor]:
+    def __call__(self, items: Sequence[tuple[Pair, np.ndarray, np.ndarray]]) -> dict[str, Any]:
         """Windows and boxes, view-major: the first `len(items)` windows are everyone's first view, and so on.
 
-        Returns:
-            `{"global": {...}, "local": {...}, "anchors": (batch,), "partners": (batch,)}`, each part that has crops
+        Returns
+        -------
+        dict
+            `{"global": {...}, "local": {...}, "anchors": (batch,), "fallbacks": {...}}`, each part that has crops
             `{"windows": (views * batch, tallest, widest) uint16 or uint8, zero-padded, "sizes": (views * batch, 2),
             "flips": (views * batch, 3) bool, "log_gains": (views * batch,) float32}` as `resize_windows` takes them.
         """
@@ -342,11 +359,11 @@ class WeakLabelPairCollator:
                 chosen[part].append((plane, draw_boxes(random, spec, plane.shape), draw_log_gains(random, spec)))
         batch = {part: self._windows(rows) for part, rows in chosen.items() if len(rows[0][1])}
         batch["anchors"] = torch.tensor([pair.anchor for pair, _, _ in items])
-        batch["partners"] = torch.tensor([pair.partner for pair, _, _ in items])
+        batch["fallbacks"] = items[0][0].fallbacks
         return batch
 
     @staticmethod
-    def _windows(rows) -> dict[str, torch.Tensor]:
+    def _windows(rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> dict[str, torch.Tensor]:
         views = len(rows[0][1])
         boxes = np.stack([boxes for _, boxes, _ in rows], axis=1)  # (views, batch, 7)
         tallest, widest = boxes[..., 2].max(), boxes[..., 3].max()

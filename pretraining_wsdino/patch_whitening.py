@@ -14,7 +14,7 @@ import torch
 def whiten_patch_embedding(
     kernel: torch.Tensor,
     bias: torch.Tensor,
-    planes,
+    planes: np.ndarray,
     max_intensity: float,
     *,
     rows: np.ndarray | None = None,
@@ -22,18 +22,28 @@ def whiten_patch_embedding(
     patches: int = 20_000,
     floor: float = 0.01,
 ) -> None:
-    """Overwrite a convolution's `kernel` and `bias` so that its outputs on `planes` are uncorrelated, mean 0, variance
-    about 1.
+    """Overwrite a convolution's `kernel` and `bias` so that its outputs on `planes` are white.
 
-    Args:
-        kernel: `(dim, input channels, p, p)`; a gray image is fed to all input channels, so each gets an equal share.
-        bias: `(dim,)`.
-        planes: `(fields, height, width)` raw counts, anything indexed by row.
-        max_intensity: counts that become 1.0; brighter pixels are clipped first.
-        rows: of the planes that may be used; all by default.
-        seed: of the patches drawn and of the random mixtures.
-        patches: how many are drawn, uniformly over fields and places.
-        floor: added to each variance, as a share of the mean variance, so that noise is not blown up.
+    They are uncorrelated, with mean 0 and variance about 1.
+
+    Parameters
+    ----------
+    kernel : torch.Tensor
+        `(dim, input channels, p, p)`; a gray image is fed to all input channels, so each gets an equal share.
+    bias : torch.Tensor
+        `(dim,)`.
+    planes : numpy.ndarray
+        `(fields, height, width)` raw counts, anything indexed by row.
+    max_intensity : float
+        Counts that become 1.0; brighter pixels are clipped first.
+    rows : numpy.ndarray, optional
+        Of the planes that may be used; all by default.
+    seed : int
+        Of the patches drawn and of the random mixtures.
+    patches : int
+        How many are drawn, uniformly over fields and places.
+    floor : float
+        Added to each variance, as a share of the mean variance, so that noise is not blown up.
     """
     dim, inputs, side, _ = kernel.shape
     random = np.random.default_rng(seed)

@@ -1,7 +1,7 @@
 """Learning rate, weight decay, teacher momentum and teacher temperature as pure functions of the global step.
 
 Nothing here keeps state, so a resumed run needs nothing but its step, and the number of processes cannot change a
-schedule (Accelerate's scheduler wrapper steps once a process, which would).
+schedule (Accelerate's scheduler wrapper steps once per process, which would).
 """
 
 import math
@@ -14,10 +14,14 @@ def cosine_schedule(step: int, *, start: float, end: float, total_steps: int, wa
     ends, so its last step already has `start`, and the cosine's first step has it once more; `end` itself would be
     reached one step after the run.
 
-    Args:
-        step: global optimiser step, from 0 to `total_steps - 1`; a later step holds the last value.
-        start, end: value after the warm-up, and at the end of the run.
-        total_steps, warmup_steps: lengths in optimiser steps.
+    Parameters
+    ----------
+    step : int
+        Global optimiser step, from 0 to `total_steps - 1`; a later step holds the last value.
+    start, end : float
+        Value after the warm-up, and at the end of the run.
+    total_steps, warmup_steps : int
+        Lengths in optimiser steps.
     """
     step = min(step, total_steps - 1)
     if step < warmup_steps:

@@ -15,9 +15,9 @@ os.environ["HF_HOME"] = _HOME.name
 
 # The flags of a network and a training of one step on the tiny screen.
 SMALL = (
-    "--channels dna --hidden_size 32 --num_hidden_layers 2 --num_attention_heads 2 --batch_size 4 --tile_size 32 "
-    "--global_crop_size 32 --local_crop_size 16 --local_crops 3 --num_prototypes 64 --head_hidden_dim 32 "
-    "--head_bottleneck_dim 16 --max_steps 1"
+    "--channels dna --hidden_size 32 --num_hidden_layers 2 --num_attention_heads 2 "
+    "--per_device_train_batch_size 4 --tile_size 32 --global_crop_size 32 --local_crop_size 16 "
+    "--local_crops 3 --num_prototypes 64 --head_hidden_dim 32 --head_bottleneck_dim 16 --max_steps 1"
 ).split()
 
 

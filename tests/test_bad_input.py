@@ -52,11 +52,11 @@ PREPARING = ["resize 0", "resize nan", "resize 100", "filter_size -5", "filter_s
 TRAINING = [
     *("learning_rate nan", "learning_rate inf", "learning_rate -1", "weight_decay nan", "max_grad_norm -1"),
     *("koleo_weight nan", "drop_path_rate 1.5", "student_temperature nan", "center_momentum nan"),
-    *("global_crop_area nan nan", "max_intensity nan", "epochs 0", "hidden_size 0", "hidden_size 33"),
+    *("global_crop_area nan nan", "max_intensity nan", "num_train_epochs 0", "hidden_size 0", "hidden_size 33"),
     *("num_attention_heads -2", "patch_size 0", "head_hidden_dim 0", "local_crop_size 17", "max_steps -1"),
     *("stop_after_epoch 0", "num_threads -3", "seed -1", "channels mitochondria", "channels dna dna"),
     *("channels ../dna", "weak_label phase_of_the_moon", "exclude_compounds unobtainium", "pair_constraint galaxy"),
-    *("mixed_precision int4", "part nonsense", "dataset /no/such/folder", "init /no/such/checkpoint.pth"),
+    *("mixed_precision int4", "subset nonsense", "dataset /no/such/folder", "init /no/such/checkpoint.pth"),
 ]
 EXTRACTING = [
     *("batch_size 0", "num_workers -1", "sets imagined", "channels mitochondria", "parts annotated annotated"),

@@ -8,8 +8,18 @@ from transformers import pipeline
 import train_accelerate
 
 SMALL = [
-    *("--hidden_size", "32", "--num_hidden_layers", "2", "--num_attention_heads", "2", "--batch_size", "8"),
-    *("--num_prototypes", "16", "--head_hidden_dim", "32", "--head_bottleneck_dim", "16", "--log_every", "1"),
+    *(
+        "--hidden_size",
+        "32",
+        "--num_hidden_layers",
+        "2",
+        "--num_attention_heads",
+        "2",
+        "--per_device_train_batch_size",
+        "8",
+    ),
+    *("--num_prototypes", "16", "--head_hidden_dim", "32", "--head_bottleneck_dim", "16"),
+    *("--logging_steps", "1"),
 ]
 
 
@@ -37,7 +47,7 @@ def train(folder, output, *flags):
             "cells",
             "--dataset",
             str(folder),
-            "--part",
+            "--subset",
             "default",
             "--channels",
             "er",

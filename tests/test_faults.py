@@ -7,15 +7,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import load_dataset
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import train_accelerate
 from benchmarks.kill_and_resume import FLAGS, kill_and_resume
+from pretraining_wsdino import metrics_log, run_record
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,13 +49,13 @@ def test_two_processes_of_which_one_is_killed_end_as_if_it_never_was(tmp_path):
 def test_a_killed_process_ends_the_others_and_one_process_goes_on_with_the_same_batches(tiny_screen, tmp_path):
     """Rank 1 of two is killed: the launch ends by itself; one process with the same global batch finishes the run."""
     # Without KoLeo, whose neighbours are each process's own, and slowly: see test_two_processes_train_as_one.
-    flags = ["--epochs", "16", "--drop_path_rate", "0", "--koleo_weight", "0", "--learning_rate", "1e-4"]
+    flags = ["--num_train_epochs", "16", "--drop_path_rate", "0", "--koleo_weight", "0", "--learning_rate", "1e-4"]
     train(tiny_screen, tmp_path / "whole", *flags)
     words = [
         *(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2"),
         *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
         *("train_accelerate.py", "--dataset", str(tiny_screen), "--output_dir", str(tmp_path / "run"), *FLAGS, *flags),
-        *("--batch_size", "2"),
+        *("--per_device_train_batch_size", "2"),
     ]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     launch = subprocess.Popen(
@@ -94,7 +97,7 @@ def environment_of(pid):
 
 
 def test_a_half_written_log_line_and_leftovers_do_not_stop_a_resume(tiny_screen, tmp_path):
-    flags = ["--epochs", "3"]
+    flags = ["--num_train_epochs", "3"]
     train(tiny_screen, tmp_path / "whole", *flags)
     train(tiny_screen, tmp_path / "run", *flags, "--stop_after_epoch", "2")
     folder = tmp_path / "run" / "dna"
@@ -114,7 +117,7 @@ def test_a_half_written_log_line_and_leftovers_do_not_stop_a_resume(tiny_screen,
 
 def test_two_trainings_of_one_run_folder_do_not_harm_each_other(tiny_screen, tmp_path, capsys):
     """The second is refused while the first lives, also with --resume; killed, the first is gone on with at once."""
-    words = ["--dataset", str(tiny_screen), "--output_dir", str(tmp_path / "run"), *FLAGS, "--epochs", "400"]
+    words = ["--dataset", str(tiny_screen), "--output_dir", str(tmp_path / "run"), *FLAGS, "--num_train_epochs", "400"]
     first = subprocess.Popen(
         [sys.executable, "train_accelerate.py", *words],
         cwd=ROOT,
@@ -141,7 +144,7 @@ def test_two_trainings_of_one_run_folder_do_not_harm_each_other(tiny_screen, tmp
 
 def test_a_second_run_that_began_at_the_same_moment_is_refused(tiny_screen, tmp_path, capsys, monkeypatch):
     """Both found no run in the folder; the other one was first to write there."""
-    write = train_accelerate.check_run_folder
+    write = run_record.recorded_run
 
     def as_the_other_begins(arguments):
         found = write(arguments)
@@ -150,7 +153,7 @@ def test_a_second_run_that_began_at_the_same_moment_is_refused(tiny_screen, tmp_
             (tmp_path / "run" / "settings.json").write_text("{}")
         return found
 
-    monkeypatch.setattr(train_accelerate, "check_run_folder", as_the_other_begins)
+    monkeypatch.setattr(run_record, "recorded_run", as_the_other_begins)
     with pytest.raises(SystemExit) as ended:
         train(tiny_screen, tmp_path / "run")
     assert ended.value.code == 2 and "already holds a run" in capsys.readouterr().err
@@ -186,16 +189,16 @@ def test_two_builds_of_one_dataset_folder_do_not_harm_each_other(tiny_raw, tmp_p
 
 def test_a_folder_killed_before_its_settings_were_whole_starts_afresh(tiny_screen, tmp_path):
     (tmp_path / "settings.json.partial").write_text('{"half')
-    train(tiny_screen, tmp_path, "--epochs", "2", "--max_steps", "1")
+    train(tiny_screen, tmp_path, "--num_train_epochs", "2", "--max_steps", "1")
     assert (tmp_path / "dna" / "model" / "model.safetensors").exists()
 
 
 def test_a_full_disk_during_a_checkpoint_leaves_the_last_one_whole(tiny_screen, tmp_path, monkeypatch, capsys):
     """The disk fills in the middle of the second checkpoint: one sentence, status 2, the first checkpoint resumes."""
-    flags = ["--epochs", "4"]
+    flags = ["--num_train_epochs", "4"]
     train(tiny_screen, tmp_path / "whole", *flags)
     saves = []
-    write = train_accelerate.Accelerator.save_state
+    write = Accelerator.save_state
 
     def fill(self, folder, **kwargs):
         saves.append(folder)
@@ -205,7 +208,7 @@ def test_a_full_disk_during_a_checkpoint_leaves_the_last_one_whole(tiny_screen, 
             raise OSError(28, "No space left on device", folder)
         return write(self, folder, **kwargs)
 
-    monkeypatch.setattr(train_accelerate.Accelerator, "save_state", fill)
+    monkeypatch.setattr(Accelerator, "save_state", fill)
     with pytest.raises(SystemExit) as ended:
         train(tiny_screen, tmp_path / "run", *flags)
     said = capsys.readouterr().err
@@ -223,10 +226,11 @@ def test_a_full_disk_at_the_end_is_told_in_a_sentence(tiny_screen, tmp_path, mon
     def fill(*_):
         raise OSError(28, "No space left on device") if where == "the log" else SafetensorError("no space left")
 
-    log, model = (train_accelerate.ChannelLog, "append"), (train_accelerate, "build_repository")
-    monkeypatch.setattr(*(log if where == "the log" else model), fill)
+    log = (metrics_log, "json", SimpleNamespace(dumps=fill, loads=json.loads))
+    model = (train_accelerate, "build_repository", fill)
+    monkeypatch.setattr(*(log if where == "the log" else model))
     with pytest.raises(SystemExit) as ended:
-        train(tiny_screen, tmp_path / "run", "--epochs", "1")
+        train(tiny_screen, tmp_path / "run", "--num_train_epochs", "1")
     said = capsys.readouterr().err.splitlines()[-1]
     assert ended.value.code == 2 and str(tmp_path / "run") in said and "no space left" in said.lower()
     assert "None" not in said
@@ -240,12 +244,12 @@ def test_no_pickle_of_a_checkpoint_is_executed(tiny_screen, tmp_path, capsys):
         def __reduce__(self):
             return (os.system, (f"touch {tmp_path / 'exploded'}",))
 
-    train(tiny_screen, tmp_path / "run", "--epochs", "3", "--stop_after_epoch", "2")
+    train(tiny_screen, tmp_path / "run", "--num_train_epochs", "3", "--stop_after_epoch", "2")
     newest = sorted((tmp_path / "run" / "dna" / "checkpoints").iterdir())[-1]
     for file in ("optimizer.bin", "custom_checkpoint_0.pkl", "random_states_0.pkl"):
         (newest / file).write_bytes(pickle.dumps(Bomb()))
     capsys.readouterr()
-    train(tiny_screen, tmp_path / "run", "--epochs", "3", "--resume")
+    train(tiny_screen, tmp_path / "run", "--num_train_epochs", "3", "--resume")
     assert f"{newest} is damaged and skipped" in capsys.readouterr().out
     assert not (tmp_path / "exploded").exists()
 

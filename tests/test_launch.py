@@ -114,6 +114,7 @@ def test_accelerate_that_drops_processes_is_refused(alone):
 
 def test_fewer_processes_than_were_launched_are_refused(alone):
     alone.setenv("WORLD_SIZE", "3")
+    alone.setenv("ACCELERATE_USE_CPU", "true")
     alone.setattr(launch, "PartialState", lambda **_: type("State", (), {"num_processes": 1}))
     with pytest.raises(UserError, match="3 processes were launched but 1"):
         start_processes("try.py")

@@ -5,9 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pretraining_wsdino import CropSpec, TrainingError, cut_window, draw_boxes, resize_windows
-from pretraining_wsdino.arguments import check_area
+from pretraining_wsdino import CropSpec, cut_window, draw_boxes, resize_windows
 from pretraining_wsdino.multicrop import draw_log_gains
+from pretraining_wsdino.settings import check_area
+from wsdino.errors import UserError
 
 
 def plane(height=120, width=150, dtype=np.uint16, seed=0):
@@ -137,5 +138,5 @@ def test_a_box_never_exceeds_the_shorter_side():
 
 @pytest.mark.parametrize("area", [(0.0, 0.1), (0.3, 0.2), (0.1, 1.5), (0.1,), (float("nan"), 0.5)])
 def test_an_impossible_area_is_refused_by_its_flag(area):
-    with pytest.raises(TrainingError, match="--local_crop_area"):
+    with pytest.raises(UserError, match="--local_crop_area"):
         check_area("--local_crop_area", area)

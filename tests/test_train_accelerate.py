@@ -28,13 +28,24 @@ from transformers import AutoModel
 import train_accelerate
 from dataset_scripts import open_fields
 from wsdino import launch
+from wsdino.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 # A network and crops small enough for the tiny screen's 64 x 80 planes.
 SMALL = [
-    *("--hidden_size", "32", "--num_hidden_layers", "2", "--num_attention_heads", "2", "--batch_size", "4"),
-    *("--global_crop_size", "32", "--local_crop_size", "16", "--tile_size", "32", "--local_crops", "3"),
-    *("--num_prototypes", "64", "--head_hidden_dim", "32", "--head_bottleneck_dim", "16", "--log_every", "1"),
+    *(
+        "--hidden_size",
+        "32",
+        "--num_hidden_layers",
+        "2",
+        "--num_attention_heads",
+        "2",
+        "--per_device_train_batch_size",
+        "4",
+    ),
+    *("--global_crop_size", "32", "--local_crop_size", "16", "--tile_size", "32"),
+    *("--local_crops", "3", "--num_prototypes", "64", "--head_hidden_dim", "32", "--head_bottleneck_dim", "16"),
+    *("--logging_steps", "1"),
 ]
 
 
@@ -65,8 +76,26 @@ def command(*words, **environment):
 @pytest.mark.parametrize("temperature, collapsed", [("100", True), ("0.04", False)])
 def test_a_collapse_is_told_while_training(tiny_screen, tmp_path, capsys, temperature, collapsed):
     """At such a temperature all targets are uniform."""
-    flags = ["--preset", "paper", "--init", "random", "--channels", "dna", "--epochs", "1", "--warmup_epochs", "0"]
-    flags += ["--save_every", "1", "--teacher_temperature", temperature, "--warmup_teacher_temperature", temperature]
+    flags = [
+        "--preset",
+        "paper",
+        "--init",
+        "random",
+        "--channels",
+        "dna",
+        "--num_train_epochs",
+        "1",
+        "--warmup_epochs",
+        "0",
+    ]
+    flags += [
+        "--save_every_epochs",
+        "1",
+        "--teacher_temperature",
+        temperature,
+        "--warmup_teacher_temperature",
+        temperature,
+    ]
     train(tiny_screen, tmp_path / "run", *flags)
     told = [text for text in capsys.readouterr().out.splitlines() if "collapsed" in text]
     assert len(told) == collapsed
@@ -80,15 +109,14 @@ def test_an_apple_machine_trains_on_its_processor():
         "import torch, accelerate.state, train_accelerate\n"
         "torch.backends.mps.is_available = accelerate.state.is_mps_available = lambda *_: True\n"
         "assert str(accelerate.PartialState().default_device) == 'mps'\n"
-        "train_accelerate.avoid_apple_gpu()\n"
         "accelerate.PartialState._reset_state()\n"
-        "print(train_accelerate.Accelerator().device)",
+        "print(train_accelerate.launch(train_accelerate.TrainingSettings()).device)",
     )
     assert done.stdout.split() == ["cpu"], done.stderr
 
 
 def test_paper_preset_is_the_published_recipe():
-    _, arguments = train_accelerate.parse_arguments(["--preset", "paper"])
+    arguments = train_accelerate.parse(["--preset", "paper"])
     published = {
         "weak_label": "compound",
         "init": "facebook/dino-vits8",
@@ -112,25 +140,25 @@ def test_paper_preset_is_the_published_recipe():
         "warmup_teacher_temperature": 0.04,
         "center_momentum": 0.8,
         "teacher_momentum": 0.99,
-        "epochs": 400,
+        "num_train_epochs": 400,
         "stop_after_epoch": 200,
-        "batch_size": 16,
+        "per_device_train_batch_size": 16,
         "learning_rate": 4e-6,
         "final_learning_rate": 3e-6,
         "warmup_epochs": 10,
         "weight_decay": 0.0,
         "max_grad_norm": 0.0,
-        "mixed_precision": "no",
+        "mixed_precision": None,
     }
     ours = asdict(arguments)
     assert {name: ours[name] for name in published} == published
 
 
 def test_flags_override_the_preset_and_help_shows_its_values(capsys):
-    _, arguments = train_accelerate.parse_arguments(["--epochs", "3"])
-    assert (arguments.preset, arguments.epochs, arguments.hidden_size) == ("demo", 3, 96)
+    arguments = train_accelerate.parse(["--num_train_epochs", "3"])
+    assert (arguments.preset, arguments.num_train_epochs, arguments.hidden_size) == ("demo", 3, 96)
     with pytest.raises(SystemExit) as ended:
-        train_accelerate.parse_arguments(["--preset", "paper", "--help"])
+        train_accelerate.parse(["--preset", "paper", "--help"])
     assert ended.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "4e-06" in text and "(default: 65536)" in text
@@ -138,7 +166,7 @@ def test_flags_override_the_preset_and_help_shows_its_values(capsys):
 
 def test_resume_in_mid_epoch_is_exact(tiny_screen, tmp_path):
     """Stopped after one step and continued, against never stopped: same weights to the bit, same log."""
-    flags = ("--channels", "dna", "--epochs", "2", "--max_grad_norm", "1", "--drop_path_rate", "0.2")
+    flags = ("--channels", "dna", "--num_train_epochs", "2", "--max_grad_norm", "1", "--drop_path_rate", "0.2")
     train(tiny_screen, tmp_path / "whole", *flags)
     steps = len(lines(tmp_path / "whole"))
     assert steps >= 4 and steps % 2 == 0, "the stop at step 1 must lie inside an epoch"
@@ -148,7 +176,7 @@ def test_resume_in_mid_epoch_is_exact(tiny_screen, tmp_path):
     assert expected.keys() == ours.keys()
     for name, tensor in expected.items():
         assert torch.equal(tensor, ours[name]), name
-    timeless = lambda run: [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines(run)]  # noqa: E731
+    timeless = lambda run: [{k: v for k, v in line.items() if k != "pairs_per_second"} for line in lines(run)]  # noqa: E731
     assert timeless(tmp_path / "parts") == timeless(tmp_path / "whole")
 
 
@@ -164,7 +192,7 @@ def test_training_moves_the_weights_and_logs_the_schedules(tiny_screen, tmp_path
         tmp_path,
         "--channels",
         "actin",
-        "--epochs",
+        "--num_train_epochs",
         "2",
         "--warmup_epochs",
         "1",
@@ -172,7 +200,7 @@ def test_training_moves_the_weights_and_logs_the_schedules(tiny_screen, tmp_path
         "0.01",
     )
     torch.manual_seed(0)
-    _, arguments = train_accelerate.parse_arguments(SMALL)
+    arguments = train_accelerate.parse(SMALL)
     start = train_accelerate.initial_backbone(arguments, "actin").state_dict()
     moved = [name for name, tensor in weights(tmp_path, "actin").items() if not torch.equal(tensor, start[name])]
     assert len(moved) > len(start) / 2
@@ -191,10 +219,10 @@ def test_training_moves_the_weights_and_logs_the_schedules(tiny_screen, tmp_path
 
 
 def test_prototypes_rest_in_the_first_epoch(tiny_screen, tmp_path):
-    flags = ("--channels", "dna", "--epochs", "2", "--warmup_epochs", "0", "--teacher_momentum", "0.5")
+    flags = ("--channels", "dna", "--num_train_epochs", "2", "--warmup_epochs", "0", "--teacher_momentum", "0.5")
     flags += ("--freeze_last_layer_epochs", "1")
     train(tiny_screen, tmp_path, *flags, "--stop_after_epoch", "1")
-    _, arguments = train_accelerate.parse_arguments([*SMALL, *flags])
+    arguments = train_accelerate.parse([*SMALL, *flags])
     start = prototypes_at_start(arguments)
     assert torch.equal(saved_student(tmp_path)["head.last_layer.parametrizations.weight.original1"], start)
     train(tiny_screen, tmp_path, *flags, "--resume")
@@ -215,7 +243,7 @@ def saved_student(run):
 
 
 def test_a_damaged_checkpoint_is_named_and_the_older_one_used(tiny_screen, tmp_path, capsys):
-    flags = ("--channels", "dna", "--epochs", "3", "--save_every", "1")
+    flags = ("--channels", "dna", "--num_train_epochs", "3", "--save_every_epochs", "1")
     train(tiny_screen, tmp_path / "whole", *flags)
     train(tiny_screen, tmp_path / "hurt", *flags, "--stop_after_epoch", "2")
     newest = sorted((tmp_path / "hurt" / "dna" / "checkpoints").iterdir())[-1]
@@ -230,18 +258,20 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_used(tiny_screen, tmp_p
 
 def test_a_damaged_checkpoint_is_not_kept_for_the_newest(tiny_screen, tmp_path):
     """The one that was skipped has a higher step than those that are written next; nothing of it is lost."""
-    flags = ("--channels", "dna", "--epochs", "4", "--save_every", "1")
-    train(tiny_screen, tmp_path, *flags, "--stop_after_epoch", "3", "--keep", "2")
+    flags = ("--channels", "dna", "--num_train_epochs", "4", "--save_every_epochs", "1")
+    train(tiny_screen, tmp_path, *flags, "--stop_after_epoch", "3", "--save_total_limit", "2")
     folder = tmp_path / "dna" / "checkpoints"
     older, newer = sorted(path.name for path in folder.iterdir())
     (folder / newer / "optimizer.bin").write_bytes(b"hurt")
-    train(tiny_screen, tmp_path, *flags, "--resume", "--keep", "1", "--max_steps", str(int(older[-8:]) + 1))
+    train(
+        tiny_screen, tmp_path, *flags, "--resume", "--save_total_limit", "1", "--max_steps", str(int(older[-8:]) + 1)
+    )
     assert {path.name for path in folder.iterdir()} == {f"step_{int(older[-8:]) + 1:08d}", f"{newer}.damaged"}
 
 
 def test_a_run_of_which_no_checkpoint_can_be_read_is_not_begun_anew(tiny_screen, tmp_path, capsys):
     """Its weights can be read and its optimiser cannot: they may not be taken for those of step 0."""
-    flags = ("--channels", "dna", "--epochs", "2", "--save_every", "1")
+    flags = ("--channels", "dna", "--num_train_epochs", "2", "--save_every_epochs", "1")
     train(tiny_screen, tmp_path, *flags, "--stop_after_epoch", "1")
     (checkpoint,) = (tmp_path / "dna" / "checkpoints").iterdir()
     before = lines(tmp_path)
@@ -255,7 +285,7 @@ def test_a_run_of_which_no_checkpoint_can_be_read_is_not_begun_anew(tiny_screen,
 
 @pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
 def test_a_checkpoint_that_does_not_fit_into_memory_is_not_damaged(tiny_screen, tmp_path, capsys, monkeypatch, error):
-    flags = ("--channels", "dna", "--epochs", "2", "--save_every", "1")
+    flags = ("--channels", "dna", "--num_train_epochs", "2", "--save_every_epochs", "1")
     train(tiny_screen, tmp_path, *flags)
     load = train_accelerate.Accelerator.load_state
     calls = []
@@ -277,7 +307,17 @@ def test_a_checkpoint_that_does_not_fit_into_memory_is_not_damaged(tiny_screen, 
 @pytest.mark.slow
 def test_two_processes_skip_what_one_of_them_cannot_read(tiny_screen, tmp_path):
     """Rank 1 finds the newest checkpoint damaged: both go on from the older one; with no whole one, both end."""
-    flags = ["--dataset", str(tiny_screen), *SMALL, "--channels", "dna", "--epochs", "2", "--save_every", "1"]
+    flags = [
+        "--dataset",
+        str(tiny_screen),
+        *SMALL,
+        "--channels",
+        "dna",
+        "--num_train_epochs",
+        "2",
+        "--save_every_epochs",
+        "1",
+    ]
     run = tmp_path / "run"
     train(tiny_screen, run, *flags[2:])
     older, newest = sorted((run / "dna" / "checkpoints").iterdir())
@@ -295,7 +335,15 @@ train_accelerate.main(sys.argv[1:])
     launch = [
         *("-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2"),
         *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
-        *(str(tmp_path / "hurt.py"), *flags, "--batch_size", "2", "--output_dir", str(run), "--resume"),
+        *(
+            str(tmp_path / "hurt.py"),
+            *flags,
+            "--per_device_train_batch_size",
+            "2",
+            "--output_dir",
+            str(run),
+            "--resume",
+        ),
         *("--max_steps", str(int(older.name[-8:]) + 1)),
     ]
     settings = {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
@@ -313,7 +361,7 @@ def test_a_run_resumes_on_its_own_dataset(tiny_screen, tmp_path, capsys, monkeyp
     monkeypatch.chdir(tmp_path)
     fields = datasets.load_dataset(str(tiny_screen), "annotated", split="train")
     fields.to_parquet(tmp_path / "screen" / "train.parquet")
-    flags = [*SMALL, "--part", "default", "--output_dir", "run", "--channels", "dna"]
+    flags = [*SMALL, "--subset", "default", "--output_dir", "run", "--channels", "dna"]
     train_accelerate.main(["--dataset", "./screen", *flags, "--max_steps", "1"])
     train_accelerate.main([*flags, "--max_steps", "2", "--resume"])
     settings = json.loads((tmp_path / "run" / "settings.json").read_text())
@@ -323,7 +371,7 @@ def test_a_run_resumes_on_its_own_dataset(tiny_screen, tmp_path, capsys, monkeyp
     with pytest.raises(SystemExit) as ended:
         train_accelerate.main([*flags, "--max_steps", "3", "--resume"])
     said = capsys.readouterr().err.splitlines()[-1]
-    assert ended.value.code == 2 and "trains on 72 fields and --dataset ./screen --part default has 60" in said
+    assert ended.value.code == 2 and "trains on 72 fields and --dataset ./screen --subset default has 60" in said
 
 
 def test_a_run_keeps_the_channels_of_all_its_launches(tiny_screen, tmp_path):
@@ -335,46 +383,43 @@ def test_a_run_keeps_the_channels_of_all_its_launches(tiny_screen, tmp_path):
     assert recorded == joined == ["dna", "tubulin"]
 
 
-def test_where_a_gpu_is_left_alone_nothing_asks_for_it(tiny_screen, tmp_path, monkeypatch, capsys):
+def test_where_a_gpu_is_left_alone_nothing_asks_for_it(tiny_screen, tmp_path, monkeypatch):
     """ACCELERATE_USE_CPU on a machine with a GPU: the evaluation stays on the CPU, and fp16 is refused."""
-    flags = [*SMALL, "--channels", "tubulin", "--eval_every", "1", "--output_dir", str(tmp_path)]
-    _, arguments = train_accelerate.parse_arguments(flags)
-    dataset = open_fields(str(tiny_screen), ["annotated"])
-    run = train_accelerate.ChannelRun(arguments, "tubulin", dataset, tmp_path, str(tiny_screen))
-    run.log.open(0)
+    flags = [*SMALL, "--channels", "tubulin", "--eval_every_epochs", "1", "--output_dir", str(tmp_path)]
+    settings = train_accelerate.parse([*flags, "--dataset", str(tiny_screen)])
+    fields = open_fields(str(tiny_screen), ["annotated"])
+    trainer = train_accelerate.channel_trainer(settings, "tubulin", fields)
+    trainer.log.open(0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    run._evaluate(0, tqdm(disable=True))
-    assert {parameter.device.type for parameter in run.teacher.parameters()} == {"cpu"}
+    trainer._evaluate(0, tqdm(disable=True))
+    assert {parameter.device.type for parameter in trainer.objective.teacher.parameters()} == {"cpu"}
     assert "nsc" in lines(tmp_path, "tubulin")[-1]
-    with pytest.raises(train_accelerate.TrainingError, match="fp16 needs a GPU"):
-        train_accelerate.check_launch(replace(arguments, mixed_precision="fp16"))
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    chosen = []
-    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
-    train_accelerate.choose_threads(arguments)
-    assert chosen == [len(os.sched_getaffinity(0))]
+    with pytest.raises(UserError, match="fp16 needs a GPU"):
+        train_accelerate.launch(replace(settings, mixed_precision="fp16"))
 
 
-def test_networks_are_freed_before_the_process_group_ends(tiny_screen, tmp_path, monkeypatch):
-    """Freed after it, PyTorch now and then joins a thread of gloo under the lock that this thread waits for."""
-    prepare, students, alive = train_accelerate.ChannelRun._prepare_networks, [], []
+def test_networks_are_freed_before_the_next_channel_and_the_end(tiny_screen, tmp_path, monkeypatch):
+    """Two channels' networks at once may not fit a GPU. Freed after the process group, PyTorch now and then joins a
+    thread of gloo under the lock that this thread waits for."""
+    make, networks, alive = train_accelerate.channel_trainer, [], []
 
-    def note(self):
-        prepare(self)
-        students.append(weakref.ref(self.student))
+    def note(*words):
+        alive.extend(one() for one in networks)
+        trainer = make(*words)
+        networks.append(weakref.ref(trainer.network))
+        return trainer
 
-    monkeypatch.setattr(train_accelerate.ChannelRun, "_prepare_networks", note)
-    monkeypatch.setattr(Accelerator, "end_training", lambda self: alive.extend(one() for one in students))
+    monkeypatch.setattr(train_accelerate, "channel_trainer", note)
+    monkeypatch.setattr(Accelerator, "end_training", lambda self: alive.extend(one() for one in networks))
     train(tiny_screen, tmp_path, "--channels", "dna", "tubulin", "--max_steps", "1")
-    assert alive == [None, None]
+    assert alive == [None, None, None]
 
 
 def test_processes_wait_for_one_that_works_for_hours(monkeypatch):
     asked = {}
     state = launch.PartialState()
     monkeypatch.setattr(launch, "PartialState", lambda **given: asked.update(given) or state)
-    train_accelerate.check_launch(train_accelerate.TrainingArguments())
+    launch.start_processes("train_accelerate.py")
     assert asked["timeout"].days == 1
 
 
@@ -389,7 +434,7 @@ def test_what_cannot_be_evaluated_is_told_before_training(tiny_screen, tmp_path,
     else:
         dataset = dataset.select([row for row, name in enumerate(dataset["compound"]) if name != "DMSO"])
     dataset.to_parquet(tmp_path / "screen" / "train.parquet")
-    flags = ("--channels", "dna", "--part", "default", "--eval_parts", "default", "--eval_every", "1")
+    flags = ("--channels", "dna", "--subset", "default", "--eval_subsets", "default", "--eval_every_epochs", "1")
     with pytest.raises(SystemExit) as ended:
         train(tmp_path / "screen", tmp_path / "run", *flags)
     assert ended.value.code == 2 and "error:" in capsys.readouterr().err.splitlines()[-1]
@@ -406,7 +451,7 @@ def test_channels_of_different_depth_are_refused_before_they_are_trained(tmp_pat
     for name in images:
         own = own.cast_column(name, datasets.Image())
     own.to_parquet(tmp_path / "screen" / "train.parquet")
-    flags = ["--part", "default", "--weak_label", "gene", "--max_steps", "1", "--channels", "er", "golgi"]
+    flags = ["--subset", "default", "--weak_label", "gene", "--max_steps", "1", "--channels", "er", "golgi"]
     with pytest.raises(SystemExit) as ended:
         train(tmp_path / "screen", tmp_path / "run", *flags)
     said = capsys.readouterr().err.splitlines()[-1]
@@ -415,18 +460,29 @@ def test_channels_of_different_depth_are_refused_before_they_are_trained(tmp_pat
 
 
 def test_checkpoints_are_pruned_to_the_newest(tiny_screen, tmp_path):
-    train(tiny_screen, tmp_path, "--channels", "dna", "--epochs", "4", "--save_every", "1", "--keep", "2")
+    train(
+        tiny_screen,
+        tmp_path,
+        "--channels",
+        "dna",
+        "--num_train_epochs",
+        "4",
+        "--save_every_epochs",
+        "1",
+        "--save_total_limit",
+        "2",
+    )
     steps = lines(tmp_path)[-1]["step"]
     kept = sorted(path.name for path in (tmp_path / "dna" / "checkpoints").iterdir())
     assert kept == [f"step_{step:08d}" for step in (steps * 3 // 4, steps)]
 
 
 def test_evaluation_inside_the_run_equals_evaluation_after_it(tiny_screen, tmp_path):
-    """`--eval_every` appends NSC and NSCB; the last line equals what extraction and evaluation give for the model."""
+    """`--eval_every_epochs` appends NSC and NSCB; the last line equals extraction's and evaluation's of the model."""
     import extract_profiles
     from evaluation_wsdino.evaluate_profiles import evaluate_run
 
-    train(tiny_screen, tmp_path, "--channels", "tubulin", "--epochs", "2", "--eval_every", "1")
+    train(tiny_screen, tmp_path, "--channels", "tubulin", "--num_train_epochs", "2", "--eval_every_epochs", "1")
     scored = [line for line in lines(tmp_path, "tubulin") if "nsc" in line]
     assert [line["epoch"] for line in scored] == [1.0, 2.0]
     extract_profiles.main([str(tmp_path), "--sets", "trained"])
@@ -436,9 +492,19 @@ def test_evaluation_inside_the_run_equals_evaluation_after_it(tiny_screen, tmp_p
 
 
 def test_evaluation_does_not_change_what_is_learned(tiny_screen, tmp_path):
-    flags = ("--channels", "dna", "--epochs", "2", "--drop_path_rate", "0.2")
+    flags = ("--channels", "dna", "--num_train_epochs", "2", "--drop_path_rate", "0.2")
     train(tiny_screen, tmp_path / "plain", *flags)
-    train(tiny_screen, tmp_path / "scored", *flags, "--eval_every", "1", "--save_every", "1", "--num_workers", "1")
+    train(
+        tiny_screen,
+        tmp_path / "scored",
+        *flags,
+        "--eval_every_epochs",
+        "1",
+        "--save_every_epochs",
+        "1",
+        "--dataloader_num_workers",
+        "1",
+    )
     for name, tensor in weights(tmp_path / "plain").items():
         assert torch.equal(tensor, weights(tmp_path / "scored")[name]), name
 
@@ -448,15 +514,15 @@ def test_excluded_compounds_are_never_drawn(tiny_screen, tmp_path):
     held = sorted(set(dataset["compound"]))[0]
     for extra in ([], ["--weak_label", "none"], ["--weak_label", "moa"]):
         flags = [*SMALL, "--output_dir", str(tmp_path), "--exclude_compounds", held, "--channels", "dna", *extra]
-        _, arguments = train_accelerate.parse_arguments(flags)
-        run = train_accelerate.ChannelRun(arguments, "dna", dataset, tmp_path)
-        drawn = {row for step in range(40) for part in run.data.pairs.draw(step, 50)[:2] for row in part.tolist()}
+        arguments = train_accelerate.parse(flags)
+        trainer = train_accelerate.channel_trainer(arguments, "dna", dataset)
+        drawn = {row for step in range(40) for part in trainer.data.pairs.draw(step, 50)[:2] for row in part.tolist()}
         assert {dataset["compound"][row] for row in drawn} == set(dataset["compound"]) - {held}
 
 
 def test_trackers_receive_the_metrics(tiny_screen, tmp_path):
     pytest.importorskip("tensorboard", reason="an optional extra")
-    train(tiny_screen, tmp_path, "--channels", "dna", "--epochs", "1", "--trackers", "tensorboard")
+    train(tiny_screen, tmp_path, "--channels", "dna", "--num_train_epochs", "1", "--report_to", "tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folders = {path.parent for path in (tmp_path / "dna").rglob("events.out.tfevents*")}
@@ -470,7 +536,17 @@ def test_trackers_receive_the_metrics(tiny_screen, tmp_path):
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_continues_exactly(tiny_screen, tmp_path, kind):
     """Ctrl-C and a cluster's SIGTERM: a checkpoint, a clear line, status 130, and equal weights after resuming."""
-    flags = ["--dataset", str(tiny_screen), *SMALL, "--channels", "dna", "--epochs", "400", "--max_steps", "300"]
+    flags = [
+        "--dataset",
+        str(tiny_screen),
+        *SMALL,
+        "--channels",
+        "dna",
+        "--num_train_epochs",
+        "400",
+        "--max_steps",
+        "300",
+    ]
     words = [sys.executable, "train_accelerate.py", *flags, "--output_dir", str(tmp_path / "stopped")]
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "stopped" / "dna" / "metrics.jsonl"
@@ -479,7 +555,7 @@ def test_a_stopped_run_continues_exactly(tiny_screen, tmp_path, kind):
     process.send_signal(kind)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert "--resume goes on from there" in out
+    assert "--resume continues from" in out
     stopped_at = lines(tmp_path / "stopped")[-1]["step"]
     assert 5 <= stopped_at < 300
     train(tiny_screen, tmp_path / "stopped", *flags[2:][len(SMALL) :], "--resume")
@@ -489,44 +565,48 @@ def test_a_stopped_run_continues_exactly(tiny_screen, tmp_path, kind):
 
 
 REFUSALS = [
-    (["--weak_label", "moon"], "no column 'moon'"),
-    (["--channels", "gold"], "no column 'gold'"),
+    (["--weak_label", "moon"], "'moon'"),
+    (["--channels", "gold"], "'gold'"),
     (["--channels", "dna", "dna"], "--channels"),
-    (["--part", "moon"], "subset moon"),
+    (["--subset", "moon"], "moon"),
     (["--dataset", "/nowhere/at/all"], "/nowhere/at/all"),
-    (["--patch_size", "7"], "--global_crop_size 32 is not a multiple of the patch size 7"),
+    (["--patch_size", "7"], "--global_crop_size"),
     (["--tile_size", "30"], "--tile_size 30"),
-    (["--tile_size", "40"], "need images of at least 80 x 80 pixels"),
-    (["--global_crop_area", "0.5", "0.2"], "--global_crop_area is 0.5 0.2"),
-    (["--batch_size", "0"], "--batch_size is 0"),
-    (["--student_temperature", "0"], "--student_temperature is 0"),
-    (["--teacher_momentum", "1.5"], "--teacher_momentum is 1.5"),
-    (["--mixed_precision", "int8"], "--mixed_precision is 'int8'"),
-    (["--pair_constraint", "moon"], "--pair_constraint is 'moon'"),
-    (["--init", "/nowhere/weights.pth"], "--init /nowhere/weights.pth"),
-    (["--preset", "moon"], "--preset is 'moon'"),
-    (["--epochs", "0"], "--epochs is 0"),
-    (["--exclude_compounds", "moonstone"], "--exclude_compounds moonstone"),
-    (["--eval_every", "1", "--eval_parts", "moon"], "moon"),
-    (["--eval_every", "-1"], "--eval_every is -1"),
-    (["--local_crops", "0", "--global_crops", "1"], "single view"),
-    (["--trackers", "tensorbord"], "--trackers tensorbord is no installed tracker"),
+    (["--tile_size", "40"], "80 x 80"),
+    (["--global_crop_size", "72"], "--global_crop_size"),
+    (["--local_crop_size", "72"], "--local_crop_size"),
+    (["--global_crop_area", "0.5", "0.2"], "--global_crop_area"),
+    (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size"),
+    (["--student_temperature", "0"], "--student_temperature"),
+    (["--teacher_momentum", "1.5"], "--teacher_momentum"),
+    (["--mixed_precision", "int8"], "--mixed_precision"),
+    (["--pair_constraint", "moon"], "--pair_constraint"),
+    (["--init", "/nowhere/weights.pth"], "/nowhere/weights.pth"),
+    (["--preset", "moon"], "moon"),
+    (["--num_train_epochs", "0"], "--num_train_epochs"),
+    (["--exclude_compounds", "moonstone"], "moonstone"),
+    (["--eval_every_epochs", "1", "--eval_subsets", "moon"], "moon"),
+    (["--eval_every_epochs", "-1"], "--eval_every_epochs"),
+    (["--local_crops", "0", "--global_crops", "1"], "--local_crops"),
+    (["--report_to", "tensorbord"], "tensorbord"),
+    (["--objective", "supervised", "--weak_label", "none"], "--weak_label"),
+    (["--shuffle_labels", "--weak_label", "none"], "--shuffle_labels"),
 ]
 
 
 @pytest.mark.parametrize(
-    ("flags", "sentence"), REFUSALS, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+    ("flags", "named"), REFUSALS, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
 )
-def test_unusable_settings_are_refused_in_one_sentence(tiny_screen, tmp_path, capsys, flags, sentence):
+def test_unusable_settings_are_refused_in_one_sentence(tiny_screen, tmp_path, capsys, flags, named):
     with pytest.raises(SystemExit) as ended:
         train(tiny_screen, tmp_path / "run", *flags)
     said = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert ended.value.code == 2 and len(said) == 1 and sentence in said[0], said
+    assert ended.value.code == 2 and len(said) == 1 and named in said[0], said
     assert not (tmp_path / "run").exists(), "nothing may be left behind"
 
 
 def test_a_folder_that_holds_another_run_is_refused(tiny_screen, tmp_path, capsys):
-    flags = ("--channels", "dna", "--epochs", "2", "--max_steps", "1")
+    flags = ("--channels", "dna", "--num_train_epochs", "2", "--max_steps", "1")
     train(tiny_screen, tmp_path / "run", *flags)
     before = weights(tmp_path / "run")
     (tmp_path / "other").mkdir()
@@ -534,7 +614,7 @@ def test_a_folder_that_holds_another_run_is_refused(tiny_screen, tmp_path, capsy
     for more, folder, sentence in (
         ([], "run", "already holds a run: give --resume"),
         (["--resume", "--learning_rate", "0.5"], "run", "other settings (--learning_rate)"),
-        (["--resume", "--batch_size", "8"], "run", "4 pairs a step and this launch makes 8"),
+        (["--resume", "--per_device_train_batch_size", "8"], "run", "4 pairs per step and this launch makes 8"),
         ([], "other", "holds no run"),
     ):
         with pytest.raises(SystemExit) as ended:
@@ -552,7 +632,7 @@ def test_a_bad_loss_stops_the_run_and_names_the_images(tiny_screen, tmp_path, ca
             tmp_path,
             "--channels",
             "dna",
-            "--epochs",
+            "--num_train_epochs",
             "3",
             "--learning_rate",
             "1e30",
@@ -604,13 +684,13 @@ def test_two_processes_train_as_one(tiny_screen, tmp_path, centering):
     because AdamW moves weights whose true gradient is 0 (a key's bias) by rounding noise, a whole learning
     rate per step.
     """
-    flags = ["--dataset", str(tiny_screen), *SMALL, "--channels", "dna", "tubulin", "--epochs", "2"]
+    flags = ["--dataset", str(tiny_screen), *SMALL, "--channels", "dna", "tubulin", "--num_train_epochs", "2"]
     flags += ["--centering", centering, "--koleo_weight", "0", "--learning_rate", "1e-4"]
     train(tiny_screen, tmp_path / "one", *flags[2:])
     done = command(
         *("-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_processes", "2"),
         *("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
-        *("train_accelerate.py", *flags, "--batch_size", "2", "--output_dir", str(tmp_path / "two")),
+        *("train_accelerate.py", *flags, "--per_device_train_batch_size", "2", "--output_dir", str(tmp_path / "two")),
         ACCELERATE_USE_CPU="true",
     )
     assert done.returncode == 0, done.stderr
@@ -638,7 +718,7 @@ def test_the_whole_way_through_real_commands(tmp_path):
             "--output_dir",
             str(run),
             *SMALL,
-            "--epochs",
+            "--num_train_epochs",
             "1",
             "--max_steps",
             "2",
@@ -650,7 +730,7 @@ def test_the_whole_way_through_real_commands(tmp_path):
             "--output_dir",
             str(run),
             *SMALL,
-            "--epochs",
+            "--num_train_epochs",
             "1",
             "--resume",
         ),
@@ -685,7 +765,7 @@ def test_any_dataset_with_images_and_a_label_trains(tmp_path, capsys):
     images = [Image.fromarray(random.integers(0, 255, (66, 90), dtype=np.uint8)) for _ in range(12)]
     own = Dataset.from_dict({"er": images, "gene": ["TP53", "MYC", "none"] * 4})
     own.cast_column("er", datasets.Image()).to_parquet(tmp_path / "screen" / "default" / "train.parquet")
-    flags = ["--part", "default", "--channels", "er", "--weak_label", "gene", "--max_steps", "2"]
+    flags = ["--subset", "default", "--channels", "er", "--weak_label", "gene", "--max_steps", "2"]
     train(tmp_path / "screen" / "default", tmp_path / "run", *flags)
     printed = capsys.readouterr().out
     assert "names no plate, so --pair_constraint image" in printed and "--anchor_group none" in printed
@@ -710,7 +790,6 @@ def test_two_demos_that_start_at_once_simulate_one_screen(tmp_path, monkeypatch,
 
     monkeypatch.setattr(train_accelerate, "simulate_screen", simulate)
     monkeypatch.setattr(train_accelerate, "build_dataset", build)
-    arguments = train_accelerate.TrainingArguments()
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda _: train_accelerate.load_screen(arguments, Accelerator())[1], range(2)))
+        found = list(pool.map(lambda _: train_accelerate.simulated_demo(), range(2)))
     assert len(made) == 1 and set(found) == {"data/simulated_demo"}

@@ -13,6 +13,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
 from .errors import UserError, sentence_for_user
+from .launcher import check_launcher, processes_wanted
 
 # While one process downloads a dataset or evaluates, the others wait for hours rather than fail.
 PATIENCE = timedelta(days=1)
@@ -31,16 +32,8 @@ def start_processes(script: str) -> PartialState:
     UserError
         Fewer processes work together than were asked for, with the command that works.
     """
-    # `accelerate launch --cpu --num_processes 2` starts one process, but leaves the address of a group in its
-    # environment without the group's size.
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
-    if launched and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
-        raise UserError(
-            "accelerate launched one process where several were asked for (its --cpu flag does so): use "
-            "'ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes N --num_machines 1 "
-            f"--mixed_precision no --dynamo_backend no {script} ...'."
-        )
-    wanted = int(os.environ.get("WORLD_SIZE", 1))
+    check_launcher(script)
+    wanted = processes_wanted()
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
     if state.num_processes != wanted:
         raise UserError(f"{wanted} processes were launched but {state.num_processes} work together.")

@@ -54,6 +54,13 @@ def check_bounds(settings: Any) -> None:
                     raise UserError(f"--{each.name} is {number}: give a number {words} {bound}.")
 
 
+def given_flags(argv: list[str] | None, renamed: Mapping[str, str] | None = None) -> set[str]:
+    """Names of the flags on a command line, under their present names."""
+    words = sys.argv[1:] if argv is None else argv
+    names = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
+    return {(renamed or {}).get(name, name) for name in names}
+
+
 def parse_settings(
     kind: type,
     argv: list[str] | None,
