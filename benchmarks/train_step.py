@@ -30,7 +30,7 @@ import torch
 import train_accelerate
 from benchmarks.plain_dino import PlainDino
 from dataset_scripts import Fields
-from modeling_wsdino.modeling_wsdino import to_dino_key
+from modeling_wsdino.checkpoint_layouts import to_dino_key
 from pretraining_wsdino import PairBatchSampler, Trainer, TrainingSettings
 from pretraining_wsdino.self_distillation import views_of
 from wsdino.launch import keep_freed_memory

@@ -1,8 +1,8 @@
 """Bring weights in from other layouts and take them out: the command `wsdino-convert SOURCE OUTPUT`.
 
-    wsdino-convert dino_deitsmall8_pretrain.pth init/imagenet     # original DINO -> repository folder
+    wsdino-convert dino_deitsmall8_pretrain.pth init/imagenet     # original DINO or DINOv2 -> repository folder
     wsdino-convert checkpoint.pth init/dna --channel dna          # full checkpoint of DINO or WS-DINO, its teacher
-    wsdino-convert facebook/dino-vits8 init/imagenet              # transformers' ViTModel layout, folder or Hub id
+    wsdino-convert facebook/dinov2-small init/dinov2              # transformers' layout, folder or Hub id
     wsdino-convert runs/demo/dna/model dna.pth                    # -> original DINO's layout
     wsdino-convert runs/demo/dna/model dna.onnx                   # -> ONNX with a dynamic batch
 
@@ -10,66 +10,49 @@ Not shipped with models.
 """
 
 import argparse
-import re
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers.utils import cached_file
+from transformers import AutoModel
+from transformers.utils import cached_file, logging
 
 from wsdino.errors import UserError, command, first_line
 from wsdino.files import read_json, written_whole
 
 from .build_repository import build_repository, check_tile_size
+from .checkpoint_layouts import dino_names_of_transformers, model_from_dino_names, read_checkpoint
 from .configuration_wsdino import WSDinoConfig
 from .image_processing_wsdino import WSDinoImageProcessor
-from .modeling_wsdino import WSDinoModel, WSDinoMultiChannelModel, WSDinoPreTrainedModel, read_checkpoint
+from .modeling_wsdino import WSDinoModel, WSDinoMultiChannelModel, WSDinoPreTrainedModel
 
-# A tower's place in transformers' ViTModel, whose files keep older names than its modules, and in the original DINO.
-VIT_KEYS = (
-    (r"^vit\.", ""),
-    (r"^embeddings\.cls_token$", "cls_token"),
-    (r"^embeddings\.position_embeddings$", "pos_embed"),
-    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^(?:encoder\.layer|layers)\.", "blocks."),
-    (r"\.attention\.(?:attention\.)?(?:query|q_proj)\.", ".attn.q."),
-    (r"\.attention\.(?:attention\.)?(?:key|k_proj)\.", ".attn.k."),
-    (r"\.attention\.(?:attention\.)?(?:value|v_proj)\.", ".attn.v."),
-    (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
-    (r"\.(?:intermediate\.dense|mlp\.fc1)\.", ".mlp.fc1."),
-    (r"\.(?:output\.dense|mlp\.fc2)\.", ".mlp.fc2."),
-    (r"\.layernorm_before\.", ".norm1."),
-    (r"\.layernorm_after\.", ".norm2."),
-    (r"^layernorm\.", "norm."),
-)
+# Which of transformers' vision transformers are ours under other names, and how they interpolate positions. A ViT is
+# taken for one of DINO's, whose repositories say an epsilon of 1e-12 where they were trained with 1e-6.
+VITS = {
+    "vit": {"position_interpolation": "dino", "layer_norm_eps": 1e-6},
+    "vit_mae": {"position_interpolation": "resize"},
+    "dinov2": {"position_interpolation": "resize"},
+    "dinov2_with_registers": {"position_interpolation": "antialias"},
+}
 # Raised by transformers while it loads a repository whose files are cut or do not belong together.
-UNREADABLE = (OSError, RuntimeError, TypeError, ValueError, KeyError, SafetensorError, StrictDataclassError)
+UNREADABLE = (
+    *(OSError, RuntimeError, TypeError, ValueError, KeyError),
+    *(SafetensorError, StrictDataclassError, UnpicklingError),
+)
 
 
-def vit_to_dino(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights of transformers' `ViTModel` under the original DINO's names, without its pooler, which DINO lacks."""
-    renamed = {}
-    for key, tensor in state.items():
-        for pattern, replacement in VIT_KEYS:
-            key = re.sub(pattern, replacement, key)
-        if not key.startswith(("pooler.", "classifier.")):
-            renamed[key] = tensor
-    for key in [key for key in renamed if ".attn.q." in key]:
-        parts = [renamed.pop(key.replace(".attn.q.", f".attn.{part}.")) for part in "qkv"]
-        renamed[key.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
-    return renamed
-
-
-def load_backbone(source: str | Path, *, network: str | None = None, **config_kwargs) -> WSDinoPreTrainedModel:
+def load_backbone(source: str | Path, *, network: str | None = None, **config_kwargs: Any) -> WSDinoPreTrainedModel:
     """Read a network, whatever its layout.
 
     Parameters
     ----------
     source : str or Path
-        An original-layout `.pth` or `.safetensors` file (see `WSDinoModel.from_dino_checkpoint`), or a folder or Hub
-        id of a WS-DINO repository or of a transformers `ViTModel` such as `facebook/dino-vits8`.
+        A checkpoint file (see `read_dino_checkpoint`), or a folder or Hub id of a WS-DINO repository, of transformers'
+        ViT, ViT-MAE or DINOv2 (with registers or without), or of timm's ViT.
     network : {"teacher", "student"}, optional
         Which network of a full checkpoint.
     **config_kwargs
@@ -78,31 +61,37 @@ def load_backbone(source: str | Path, *, network: str | None = None, **config_kw
     Returns
     -------
     WSDinoModel or WSDinoMultiChannelModel
-        In evaluation mode and float32. LayerNorm's epsilon is DINO's 1e-6, also for a `ViTModel` whose config says
-        1e-12.
+        In evaluation mode and float32.
 
     Raises
     ------
     UserError
-        The source is none of these, or is damaged; the message is one sentence that names it.
+        The source is none of these, or is damaged.
     """
     try:
         if Path(source).is_file():
             return WSDinoModel.from_dino_checkpoint(source, network=network, **config_kwargs)
+        if (Path(source) / ".metadata").is_file():
+            merge = f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {source} merged.pth"
+            raise UserError(f"{source} holds the shards of a distributed checkpoint: merge them with '{merge}'.")
+        if _repository_file(source, "adapter_config.json") is not None:
+            raise UserError(f"{source} is a PEFT adapter: save the network with peft's merge_and_unload() instead.")
         config = _read_config(source)
-        kind = config.get("model_type")
+        kind, architecture = config.get("model_type"), str(config.get("architecture"))
         if network is not None:
             raise UserError(f"{source} holds one network, not a teacher and a student: leave out {network}.")
         if kind == "wsdino":
             return _load_repository(source, config, config_kwargs)
-        if kind != "vit":
-            raise UserError(f"{source} is a {kind!r} model: give a WS-DINO or ViT repository, or a DINO checkpoint.")
-        weights = _repository_file(source, "model.safetensors") or _repository_file(source, "pytorch_model.bin")
-        if weights is None:
-            raise UserError(f"{source} has no model.safetensors or pytorch_model.bin: give a folder with weights.")
-        config_kwargs.setdefault("num_attention_heads", config["num_attention_heads"])
-        state = vit_to_dino(read_checkpoint(weights))
-        return WSDinoModel.from_dino_state_dict(state, name=str(source), **config_kwargs)
+        if kind in VITS:
+            return _load_transformers(source, config, config_kwargs)
+        weights = _repository_file(source, "model.safetensors")
+        if kind is None and architecture.startswith("vit_") and weights:
+            config_kwargs = {"position_interpolation": "antialias"} | config_kwargs
+            return model_from_dino_names(read_checkpoint(weights), name=str(source), **config_kwargs)
+        raise UserError(
+            f"{source} is a {kind or architecture!r} model: give a WS-DINO repository, a DINO checkpoint, a ViT of "
+            f"timm, or one of transformers' {', '.join(VITS)}."
+        )
     except UserError:
         raise
     except UNREADABLE as error:
@@ -118,11 +107,37 @@ def _load_repository(source: str | Path, config: dict, config_kwargs: dict) -> W
         raise UserError(f"{source} holds several towers ({names}): name the folder of one channel.")
     # Overriding through `from_pretrained` would set the values without checking them.
     checked = WSDinoConfig.from_dict(config | config_kwargs)
-    cls = WSDinoMultiChannelModel if combined else WSDinoModel
-    model, found = cls.from_pretrained(source, config=checked, dtype=torch.float32, output_loading_info=True)
-    if found["missing_keys"]:  # which would stay random
-        raise UserError(f"{source} is damaged: its weights lack {sorted(found['missing_keys'])[0]}. Copy it again.")
-    return model.eval()
+    return _loaded_whole(WSDinoMultiChannelModel if combined else WSDinoModel, source, config=checked).eval()
+
+
+def _load_transformers(source: str | Path, config: dict, config_kwargs: dict) -> WSDinoModel:
+    """A vision transformer of transformers as one of ours."""
+    if config.get("hidden_act", "gelu") != "gelu":
+        raise UserError(f"{source} has the activation {config['hidden_act']!r}: only gelu is supported.")
+    model = _loaded_whole(AutoModel, source)
+    values = {name: getattr(model.config, name) for name in ("num_attention_heads", "layer_norm_eps")}
+    values |= VITS[config["model_type"]] | config_kwargs
+    return model_from_dino_names(dino_names_of_transformers(model), name=str(source), **values)
+
+
+def _loaded_whole(cls: Any, source: str | Path, **kwargs: Any) -> Any:
+    """`cls.from_pretrained` in float32, where the files hold every weight: what they lack would be random."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # of transformers' own table of such weights
+    try:
+        model, found = cls.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+        )
+    finally:
+        logging.set_verbosity(level)
+    lacking = sorted(key for key in found["missing_keys"] if not key.startswith("pooler."))
+    if lacking:
+        raise UserError(f"{source} is damaged: its weights lack {lacking[0]}. Copy it again.")
+    for key, stored, expected in sorted(found["mismatched_keys"]):
+        raise UserError(
+            f"{source} is damaged: {key} is {tuple(stored)} in its weights and {tuple(expected)} by its config.json."
+        )
+    return model
 
 
 def load_image_processor(source: str | Path, model: WSDinoPreTrainedModel | None = None) -> WSDinoImageProcessor:
@@ -266,9 +281,12 @@ def main(argv: list[str] | None = None) -> None:
     """The command `wsdino-convert`."""
     parser = argparse.ArgumentParser(
         prog="wsdino-convert",
-        description="Convert weights between original DINO, transformers' ViT, WS-DINO repositories and ONNX.",
+        description="Convert weights between DINO, DINOv2, ViTs of transformers and timm, WS-DINO and ONNX.",
     )
-    parser.add_argument("source", help="a .pth or .safetensors file, or a folder or Hub id (WS-DINO or ViT layout)")
+    parser.add_argument(
+        "source",
+        help="a .pth or .safetensors file, or a folder or Hub id of WS-DINO, transformers or timm",
+    )
     parser.add_argument("output", help="a .pth file (original DINO), a .onnx file, or a folder (repository)")
     parser.add_argument("--network", choices=("teacher", "student"), help="of a full checkpoint; default: the teacher")
     parser.add_argument("--channel", help="the fluorescence channel that the weights are for, such as dna")

@@ -1,9 +1,7 @@
 """The networks of a training run by their profile sets, and any other network by its channels."""
 
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,14 +16,6 @@ from .image_processing_wsdino import WSDinoImageProcessor
 from .modeling_wsdino import WSDinoModel, WSDinoMultiChannelModel
 
 TEACHER_FILE = "model_1.safetensors"  # in a checkpoint: training prepares the teacher second
-
-
-def loaded(load: Callable, source: str | Path, *args: Any, **kwargs: Any) -> Any:
-    """What `load(source, ...)` returns; a `UserError` where the network or a file of it is absent or damaged."""
-    try:
-        return load(source, *args, **kwargs)
-    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"The model {source} cannot be loaded: {first_line(error)}") from error
 
 
 class RunNetworks:
@@ -51,13 +41,13 @@ class RunNetworks:
     def __init__(self, run: RunFolder, channels: list[str]):
         self.run, self.channels, self.arguments = run, channels, run.settings()["arguments"]
         self.processors: dict[str, WSDinoImageProcessor] = {
-            channel: loaded(load_image_processor, run.model(channel)) for channel in channels
+            channel: load_image_processor(run.model(channel)) for channel in channels
         }
 
     @cached_property
     def trained(self) -> dict[str, WSDinoModel]:
         """The trained teachers."""
-        return {channel: loaded(load_backbone, self.run.model(channel)) for channel in self.channels}
+        return {channel: load_backbone(self.run.model(channel)) for channel in self.channels}
 
     def initial(self) -> dict[str, WSDinoModel]:
         """What training started from; empty for random weights as of `untrained`."""
@@ -68,15 +58,14 @@ class RunNetworks:
             channel: self.run.initial_model(channel) if whitened else init.replace("{channel}", channel)
             for channel in self.channels
         }
-        return {name: loaded(load_backbone, source, channel_names=[name]) for name, source in sources.items()}
+        return {name: load_backbone(source, channel_names=[name]) for name, source in sources.items()}
 
     def untrained(self) -> dict[str, WSDinoModel]:
         """Random weights in the same shape, by the run's seed."""
         models = {}
         for channel in self.channels:
-            config = loaded(WSDinoConfig.from_pretrained, self.run.model(channel))
             torch.manual_seed(self.arguments["seed"])
-            models[channel] = WSDinoModel(config)
+            models[channel] = WSDinoModel(self.trained[channel].config)
         return models
 
     def steps(self) -> list[int]:
@@ -118,7 +107,7 @@ def load_towers(
     UserError
         There is no such network, or it is not one of these channels.
     """
-    model = loaded(load_backbone, source)
+    model = load_backbone(source)
     known = list(model.config.channel_names)
     if not known and not channels:
         raise UserError(f"The model {source} names no channel: say with --channels which it is to see.")
@@ -128,7 +117,7 @@ def load_towers(
         towers = {channel: model.towers[channel] for channel in channels}
         for channel, tower in towers.items():  # of one channel, whose features the pipeline leaves as they are
             tower.config = WSDinoConfig.from_dict(model.config.to_dict() | {"channel_names": [channel]})
-    return towers, loaded(load_image_processor, source, model)
+    return towers, load_image_processor(source, model)
 
 
 def choose_channels(asked: list[str] | None, known: list[str], owner: str) -> list[str]:

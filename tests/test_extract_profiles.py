@@ -154,7 +154,7 @@ def test_fields_smaller_than_the_grid_of_tiles(run, tmp_path, capsys):
     rng = np.random.default_rng(0)
     planes = [rng.integers(0, 12_000, (44, 50)).astype(np.uint16) for _ in range(3)]
     words = (run, "--dataset", small_dataset(tmp_path / "small", planes), "--subsets", "all", "--channels", "dna")
-    assert "smaller than the 64x64" in refused(capsys, *words, "--sets", "trained")
+    assert "at least 64x64" in refused(capsys, *words, "--sets", "trained")
     extract(*words, "--sets", "intensity", "nuclei")
     extract(*words, "--sets", "trained", "--tiles", "full")
     profiles = {name: pd.read_parquet(run / "profiles" / f"{name}.parquet") for name in ("trained", "nuclei")}

@@ -68,9 +68,9 @@ def test_the_original_codes_crops_are_those_of_its_script():
     tiles = WSDinoImageProcessor(tiles="original_code").field_tiles(plane)
     for tile, (left, top, right, bottom) in zip(tiles, corners, strict=True):
         np.testing.assert_allclose(tile[0], np.minimum(plane[top:bottom, left:right], 10_000) / 1e4, atol=1e-7)
-    with pytest.raises(ValueError, match="but the released code crops 512x640"):
+    with pytest.raises(ValueError, match="512x640"):
         WSDinoImageProcessor().field_tiles(field(640, 512), tiles="original_code")
-    with pytest.raises(ValueError, match="cannot share a batch"):
+    with pytest.raises(ValueError, match="make no batch"):
         WSDinoImageProcessor()(plane, tiles="original_code")
 
 
@@ -80,7 +80,7 @@ def test_a_single_cell_is_a_field_of_one_tile():
     np.testing.assert_allclose(processor(cell)["pixel_values"].numpy(), by_hand(cell, 64, [(2, 2)]), atol=1e-7)
     assert processor(field(64, 64))["pixel_values"].shape == (1, 1, 64, 64)
     for tiles in ("paper", "full"):
-        with pytest.raises(ValueError, match="60x68 pixels .height x width., smaller than the 64x64 of one tile"):
+        with pytest.raises(ValueError, match="60x68 pixels .* at least 64x64"):
             processor(field(60, 68), tiles=tiles)
 
 
@@ -174,7 +174,7 @@ def test_the_input_is_left_alone(processor):
 
 def test_an_8_bit_field_is_warned_about_and_uses_its_own_range(processor):
     plane = (field() // 79).astype(np.uint8)
-    with pytest.warns(UserWarning, match="8-bit, but this model was trained on 16-bit .* give the 16-bit original"):
+    with pytest.warns(UserWarning, match="8-bit"):
         values = processor(Image.fromarray(plane, mode=None))["pixel_values"]
     np.testing.assert_allclose(values[0, 0].numpy(), plane[11:75, 21:85] / 255, atol=1e-7)
     with warnings.catch_warnings():
@@ -186,7 +186,7 @@ def test_an_8_bit_field_is_warned_about_and_uses_its_own_range(processor):
 def test_a_16_bit_field_is_refused_by_an_8_bit_model():
     """Nearly all of it would be clipped, and features of white images look like any others."""
     processor = WSDinoImageProcessor(tile_size=64, max_intensity=255)
-    with pytest.raises(ValueError, match="up to [0-9]+, but this model was trained on 8-bit .* give the 8-bit image"):
+    with pytest.raises(ValueError, match="up to [0-9]+, but .* up to 255"):
         processor(field())
     dim = field() // 80  # 8 bits in a 16-bit file
     assert torch.equal(processor(dim)["pixel_values"], processor(dim.astype(np.uint8))["pixel_values"])
@@ -196,16 +196,16 @@ def test_a_16_bit_field_is_refused_by_an_8_bit_model():
 @pytest.mark.parametrize(
     ("image", "words"),
     [
-        (field(100, 170), "100x170 pixels .height x width., smaller than the 128x128 of its 64x64 tiles: give"),
+        (field(100, 170), "100x170 pixels .* at least 128x128"),
         (field()[0], r"the shape \(170,\)"),
-        (np.stack([field()] * 3, axis=-1), r"the shape \(150, 170, 3\): give .* channels first"),
-        (Image.new("RGB", (170, 150)), "a RGB picture, not measured intensities"),
+        (np.stack([field()] * 3, axis=-1), r"the shape \(150, 170, 3\)"),
+        (Image.new("RGB", (170, 150)), "a RGB picture"),
         (Image.new("P", (170, 150)), "a P picture"),
-        (field() > 3, "array of bool, not measured"),
+        (field() > 3, "array of bool"),
         (np.full((150, 170), np.nan, np.float32), "not finite"),
         (np.zeros((0, 170), np.float32), "0x170 pixels"),
-        (field().astype(np.float32) / 20_000, "scaled already: give raw intensities, or say max_intensity=1"),
-        (None, "a NoneType, not measured"),
+        (field().astype(np.float32) / 20_000, "up to 0.99995, .* name max_intensity"),
+        (None, "a NoneType"),
         ({"dna": field()}, "trained on a channel without a name"),
     ],
 )
@@ -217,13 +217,13 @@ def test_what_is_no_field_is_refused_in_a_sentence(processor, image, words):
 
 def test_channels_that_do_not_fit_are_refused_in_a_sentence():
     processor = WSDinoImageProcessor(tile_size=64, channel_names=["dna", "actin"])
-    with pytest.raises(ValueError, match="the channels dna, tubulin was given, .* give actin"):
+    with pytest.raises(ValueError, match="dna, tubulin was given, .* dna, actin"):
         processor({"dna": field(), "tubulin": field()})
-    with pytest.raises(ValueError, match=r"channel actin .* \(1, 140, 170\) .* \(1, 150, 170\)"):
+    with pytest.raises(ValueError, match=r"channel actin .* \(1, 140, 170\)"):
         processor({"dna": field(), "actin": field(140)})
     with pytest.raises(ValueError, match=r"channel dna .* \(2, 150, 170\)"):
         processor({"dna": np.stack([field()] * 2), "actin": field()})
-    with pytest.raises(ValueError, match="cannot share a batch"):
+    with pytest.raises(ValueError, match="make no batch"):
         processor([field(), np.stack([field()] * 2)])
 
 
@@ -259,7 +259,7 @@ def test_settings_are_checked_and_kept(tmp_path):
             processor(field(), **wrong)
     with pytest.raises(ValueError, match="not finite"):  # the median over tiles would hide it
         processor(np.where(field() > 9000, np.nan, 0.5), max_intensity=1)
-    with pytest.raises(ValueError, match="no images were given"):
+    with pytest.raises(ValueError, match="no field"):
         processor([])
     processor.save_pretrained(tmp_path)
     loaded = WSDinoImageProcessor.from_pretrained(tmp_path)

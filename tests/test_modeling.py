@@ -203,8 +203,8 @@ def test_the_mass_mask_refuses_a_share_that_is_none():
     ("shape", "words"),
     [
         ((1, 1, 64, 60), "64x60 pixels does not divide into patches of 8x8: crop it"),
-        ((1, 2, 64, 64), "2 channels, but a tower takes 1 .* or 3"),
-        ((1, 64, 64), "must be .batch, channels, height, width."),
+        ((1, 2, 64, 64), r"1 channel .* or 3 .* is \(1, 2, 64, 64\)"),
+        ((1, 64, 64), r"must be .batch, channels, height, width. .* is \(1, 64, 64\)"),
         ((1, 1, 0, 64), "0x64 pixels"),
     ],
 )
