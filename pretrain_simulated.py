@@ -8,6 +8,7 @@ import json
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from accelerate import Accelerator
@@ -75,7 +76,7 @@ def pretrain(settings: StartSettings) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "metrics.jsonl", "w") as log:
 
-            def write(line: dict, log=log) -> None:
+            def write(line: dict, log: TextIO = log) -> None:
                 if accelerator.is_main_process:
                     print(json.dumps(line), file=log, flush=True)
 
@@ -96,6 +97,7 @@ def pretrain(settings: StartSettings) -> None:
 
 @command("wsdino-pretrain")
 def main(argv: list[str] | None = None) -> None:
+    """Read the flags and train; see the module's docstring."""
     keep_freed_memory()
     pretrain(parse_settings(StartSettings, argv, prog="wsdino-pretrain", description=__doc__.split("\n")[0]))
 

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HTTPError, LocalTokenNotFoundError
@@ -48,7 +49,7 @@ class Repository:
 def dataset_files(folder: Path) -> list[str]:
     """Paths of the files that wsdino-prepare wrote into a dataset's folder: nothing else in it is published."""
 
-    def named(value) -> Iterator[str]:
+    def named(value: Any) -> Iterator[str]:
         if isinstance(value, dict) and {"path", "bytes"} <= value.keys():
             yield value["path"]
         elif isinstance(value, dict | list):
