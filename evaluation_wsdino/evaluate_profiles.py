@@ -154,7 +154,7 @@ def evaluate_run(
     return results
 
 
-def _scored(path: Path, profiles: pd.DataFrame, **options) -> dict:
+def _scored(path: Path, profiles: pd.DataFrame, **options: Any) -> dict:
     """`evaluate_set`, whose refusal names the file."""
     try:
         return evaluate_set(profiles, **options)
@@ -230,13 +230,13 @@ def _as_json(value: Any) -> Any:
 def format_table(results: dict) -> str:
     """A short text table of a run's scores, one line per set and, below each, one per channel."""
 
-    def share(score, prefix):
+    def share(score: dict, prefix: str) -> str:
         value = score[prefix]
         if value is None:
             return "no query"
         return f"{100 * value:5.1f} % ({score[f'{prefix}_correct']}/{score[f'{prefix}_total']})"
 
-    def interval(score, prefix):
+    def interval(score: dict, prefix: str) -> str:
         low, high = score[f"{prefix}_bootstrap"]
         return "" if low is None else f"{100 * low:.0f}-{100 * high:.0f} %"
 

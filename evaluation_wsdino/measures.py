@@ -4,9 +4,11 @@ All work on field tables (see `profiles`) or on vectors with labels, before or a
 """
 
 import importlib
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from sklearn.neighbors import NearestNeighbors
 
 from wsdino.errors import UserError
@@ -77,7 +79,7 @@ def mechanism_precision(treatments: pd.DataFrame) -> pd.Series:
     return pd.Series(found, treatments["Metadata_Treatment"], name="moa_map").dropna()
 
 
-def replicate_reproducibility(profiles, draws=1000, seed=0):
+def replicate_reproducibility(profiles: pd.DataFrame, draws: int = 1000, seed: int = 0) -> dict:
     """Share of treatments whose plates agree better than plates of different treatments do ("percent replicating").
 
     A treatment's score is the median cosine between its plates' mean vectors; it replicates if that is above the 95th
@@ -102,7 +104,7 @@ def replicate_reproducibility(profiles, draws=1000, seed=0):
         return nothing
     rng = np.random.default_rng(seed)
 
-    def score(rows):
+    def score(rows: np.ndarray) -> float:
         upper = np.triu_indices(len(rows), 1)
         return float(np.median((vectors[rows] @ vectors[rows].T)[upper]))
 
@@ -132,7 +134,7 @@ def replicate_reproducibility(profiles, draws=1000, seed=0):
     }
 
 
-def batch_effect(vectors, batches):
+def batch_effect(vectors: ArrayLike, batches: Sequence[str]) -> dict:
     """How far `vectors` (rows, features) give away the batch they come from.
 
     Meant for control fields, which should look alike everywhere. A plate lies in one batch: what sets plates and wells
@@ -168,8 +170,8 @@ def batch_effect(vectors, batches):
     }
 
 
-def mean_average_precision(profiles, null_size=1000, seed=0):
-    """mAP of retrieving replicates of a treatment, and treatments of an MOA, with corrected p-values, by `copairs`.
+def mean_average_precision(profiles: pd.DataFrame, null_size: int = 1000, seed: int = 0) -> dict:
+    """Mean average precision (mAP) of replicates of a treatment, and of treatments of an MOA, by `copairs`.
 
     Replicates: the other plates' profiles of a treatment among those of DMSO. MOA: treatments of other compounds with
     the same MOA among those of other MOAs (Kalinin et al. 2025). Needs the package copairs (`pip install copairs`).
@@ -186,7 +188,7 @@ def mean_average_precision(profiles, null_size=1000, seed=0):
         raise UserError("mAP is computed by the package copairs: pip install copairs.") from None
     columns = [column for names in feature_columns(profiles).values() for column in names]
 
-    def summary(table, pairs, group):
+    def summary(table: pd.DataFrame, pairs: dict, group: str) -> dict:
         metadata = table.drop(columns=columns)
         features = table[columns].to_numpy(np.float64)
         scores = copairs.average_precision(metadata, features, **pairs, progress_bar=False)

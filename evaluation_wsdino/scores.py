@@ -1,7 +1,7 @@
 """The scores of one set of profiles: NSC and NSCB with intervals, other measures, a map, and comparisons of sets."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -106,7 +106,14 @@ def evaluate_set(
         return _evaluate_set(profiles, normalizer or protocol.normalizer(), protocol, details, plot, retrieval)
 
 
-def _evaluate_set(profiles, normalizer, protocol, details, plot, retrieval) -> dict:
+def _evaluate_set(
+    profiles: pd.DataFrame,
+    normalizer: TypicalVariationNormalizer,
+    protocol: Protocol,
+    details: bool,
+    plot: bool,
+    retrieval: bool,
+) -> dict:
     """The work of `evaluate_set`."""
     normalized = normalize_profiles(profiles, normalizer)
     labelled = is_named(normalized["Metadata_MOA"])
@@ -143,7 +150,7 @@ def _evaluate_set(profiles, normalizer, protocol, details, plot, retrieval) -> d
     return result
 
 
-def score_treatments(treatments: pd.DataFrame, **options) -> dict:
+def score_treatments(treatments: pd.DataFrame, **options: Any) -> dict:
     """NSC and NSCB of aggregated profiles (see `aggregate_profiles`): the metric's dictionary."""
     if options.get("batch_rule") == "plate":
         options["plates"] = treatments["Metadata_Plate"].tolist()

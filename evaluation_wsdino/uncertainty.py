@@ -5,31 +5,37 @@ compounds. What is resampled, shuffled or flipped here is therefore the compound
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import binomtest, norm
+from scipy.stats import binomtest
 
 from wsdino.errors import UserError
 
 
-def wilson_interval(correct, total, level=0.95):
-    """Wilson's score interval of a share (Wilson 1927), as if every treatment were independent; nan without any."""
+def wilson_interval(correct: int, total: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a share (Wilson 1927), as if every treatment were independent.
+
+    Returns
+    -------
+    (float, float)
+        Bounds in [0, 1]; nan where `total` is 0.
+
+    Raises
+    ------
+    UserError
+        `correct` is not from 0 to `total`.
+    """
     if not 0 <= correct <= total:
         raise UserError(f"{correct} of {total} is not a share: correct counts from 0 to the total.")
     if not total:
         return (math.nan, math.nan)
-    z = norm.ppf(0.5 + level / 2)
-    share = correct / total
-    centre = share + z * z / (2 * total)
-    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    scale = 1 + z * z / total
-    low = 0.0 if correct == 0 else (centre - half) / scale
-    return (low, 1.0 if correct == total else (centre + half) / scale)
+    interval = binomtest(int(correct), int(total)).proportion_ci(level, method="wilson")
+    return (float(interval.low), float(interval.high))
 
 
-def _cluster_sums(values, clusters):
+def _cluster_sums(values: ArrayLike, clusters: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Sums of the values (queries, ...) and the number of queries in each cluster."""
     _, codes = np.unique(np.asarray(clusters, dtype=object).astype(str), return_inverse=True)
     codes = codes.reshape(-1)
@@ -38,15 +44,31 @@ def _cluster_sums(values, clusters):
     return sums, np.bincount(codes)
 
 
-def bootstrap_interval(correct, compounds, level=0.95, draws=10_000, seed=0):
+def bootstrap_interval(
+    correct: ArrayLike, compounds: Sequence[str], level: float = 0.95, draws: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
     """Percentile interval of the share of `correct`, drawing compounds with replacement.
 
     The neighbours stay as found: the interval is about which compounds happened to be screened, given this set of
     candidates. Where all treatments, or none, are right, drawing anew shows no spread: then it is Wilson's interval,
-    one answer a compound. nan for fewer than two compounds.
+    with one answer per compound.
 
     Few compounds make it somewhat short: of 500 drawn screens of 38 compounds with BBBC021's numbers of treatments it
     held the true share in 93 % where that was 0.5 or 0.8, in 88 % at 0.95 (Wilson's of the treatments: 81 to 86 %).
+
+    Parameters
+    ----------
+    correct : array-like
+        Whether each treatment is right, or its mean over seeds.
+    compounds : sequence of str
+        The compound of each treatment.
+    level : float
+        Coverage, such as 0.95.
+
+    Returns
+    -------
+    (float, float)
+        Bounds in [0, 1]; nan for fewer than two compounds.
     """
     sums, sizes = _cluster_sums(correct, compounds)
     if len(sums) < 2:
@@ -62,8 +84,8 @@ def bootstrap_interval(correct, compounds, level=0.95, draws=10_000, seed=0):
     return (float(low), float(high))
 
 
-def permutation_null(queries, draws=10_000, seed=0):
-    """How often shuffled labels score as well: the MOAs of the scored compounds are dealt anew, the neighbours stay.
+def permutation_null(queries: Sequence[dict], draws: int = 10_000, seed: int = 0) -> dict:
+    """How often shuffled labels score as well: the MOAs of the scored compounds are permuted, the neighbours stay.
 
     The hypothesis tested is that labels have nothing to do with who is whose neighbour. A small p-value refutes that
     and no more: under NSC the neighbours may have been found through the batch.
@@ -81,7 +103,7 @@ def permutation_null(queries, draws=10_000, seed=0):
     scored = [query for query in queries if query["excluded"] is None]
     if not scored:
         return {"p_value": math.nan, "null_mean": math.nan, "null_high": math.nan, "draws": 0}
-    # What is dealt: a compound's MOA, or each of them where doses of one compound have several.
+    # What is permuted: a compound's MOA, or each of them where doses of one compound have several.
     names = {moa: code for code, moa in enumerate(sorted({query["moa"] for query in queries}))}
     units = {}
     unit = [units.setdefault((query["compound"], query["moa"]), len(units)) for query in queries]
@@ -93,25 +115,25 @@ def permutation_null(queries, draws=10_000, seed=0):
         rows = [unit[other] for other in rows if other is not None]
         near[row, : len(rows)] = rows
 
-    def right(dealt):
+    def right(permuted: np.ndarray) -> np.ndarray:
         """How many of the queries are right in each of the labellings (labellings, units)."""
-        votes = np.where(near >= 0, dealt[:, near], -1)
+        votes = np.where(near >= 0, permuted[:, near], -1)
         # As the metric counts them: most votes, and of equals the nearest. A query without a neighbour is wrong.
         number = (votes[..., None, :] == votes[..., None]).sum(axis=-1) * (near >= 0)
         winner = np.take_along_axis(votes, number.argmax(axis=-1)[..., None], axis=-1)[..., 0]
-        return (winner == dealt[:, own]).sum(axis=1)
+        return (winner == permuted[:, own]).sum(axis=1)
 
     observed = right(labels[None])[0]
-    # A mechanism that is left out is neither asked for nor found, so its name is not among those dealt.
-    dealt_to = np.unique(own)
+    # A mechanism that is left out is neither asked for nor found, so its name is not permuted.
+    movable = np.unique(own)
     rng = np.random.default_rng(seed)
     counts = np.empty(draws, dtype=np.int64)
     step = max(1, 200_000 // (near.size * near.shape[1]))
     for start in range(0, draws, step):
         rows = min(step, draws - start)
-        dealt = np.tile(labels, (rows, 1))
-        dealt[:, dealt_to] = rng.permuted(dealt[:, dealt_to], axis=1)
-        counts[start : start + rows] = right(dealt)
+        permuted = np.tile(labels, (rows, 1))
+        permuted[:, movable] = rng.permuted(permuted[:, movable], axis=1)
+        counts[start : start + rows] = right(permuted)
     return {
         "p_value": float((1 + (counts >= observed).sum()) / (1 + draws)),
         "null_mean": float(counts.mean() / len(scored)),
@@ -138,7 +160,9 @@ def exchange_p(differences: ArrayLike, compounds: Sequence[str], draws: int = 10
     return float(as_large.mean()) if len(sums) <= 16 else float((1 + as_large.sum()) / (1 + draws))
 
 
-def compare_paired(first, second, draws=10_000, seed=0):
+def compare_paired(
+    first: Mapping[str, tuple[bool, str]], second: Mapping[str, tuple[bool, str]], draws: int = 10_000, seed: int = 0
+) -> dict:
     """Compare two sets of profiles on the same queries.
 
     Parameters
@@ -171,7 +195,7 @@ def compare_paired(first, second, draws=10_000, seed=0):
     }
 
 
-def epoch_curves(curves, window):
+def epoch_curves(curves: Mapping[int, Sequence[tuple[float, float | None]]], window: tuple[float, float]) -> dict:
     """Scores over epochs of several seeds: the mean over a window fixed beforehand, beside each seed's best epoch.
 
     Parameters

@@ -82,10 +82,10 @@ def line_chart(title: str, series: Sequence[tuple], *, x_label: str = "step", sh
     # As many digits as tell neighbours apart, also where the range is narrow against the level.
     digits = max(3, math.ceil(math.log10(max(map(abs, y_ticks)) / (y_ticks[1] - y_ticks[0]))) + 1)
 
-    def across(x):
+    def across(x: float) -> float:
         return round(LEFT + (x - x_low) / (x_high - x_low) * (RIGHT - LEFT), 1)
 
-    def down(y):
+    def down(y: float) -> float:
         return round(TOP + (y_ticks[-1] - y) / (y_ticks[-1] - y_ticks[0]) * (BOTTOM - TOP), 1)
 
     curves = []
@@ -116,7 +116,7 @@ def scatter_map(points: Sequence[dict], categories: Sequence[tuple[str, str, Seq
     xs, ys = [point["x"] for point in points], [point["y"] for point in points]
     span = max(max(xs) - min(xs), max(ys) - min(ys)) or 1.0
 
-    def place(value, values):
+    def place(value: float, values: Sequence[float]) -> float:
         middle = (max(values) + min(values)) / 2
         return round(MAP_SIZE / 2 + (value - middle) / span * (MAP_SIZE - 2 * MAP_MARGIN), 1)
 

@@ -4,6 +4,7 @@ import base64
 import io
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
@@ -126,7 +127,7 @@ def _smaller(picture: Image.Image) -> str:
     return min(_data_uri(picture, "png", optimize=True), _data_uri(picture, "jpeg", quality=88), key=len)
 
 
-def _data_uri(picture: Image.Image, kind: str, **options) -> str:
+def _data_uri(picture: Image.Image, kind: str, **options: Any) -> str:
     buffer = io.BytesIO()
     picture.save(buffer, kind, **options)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
