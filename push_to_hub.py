@@ -31,7 +31,7 @@ from wsdino.run_folder import RunFolder
 
 PARTS = ("models", "metric", "dataset")
 METRIC = Path(__file__).parent / "evaluation_wsdino" / "not_same_compound"
-METRIC_FILES = ("not_same_compound.py", "requirements.txt")
+METRIC_FILES = ("not_same_compound.py", "neighbours.py", "requirements.txt")
 METRIC_PAGE = '<!doctype html><meta charset="utf-8"><title>Not same compound</title><p>See the README of this Space.\n'
 TITLE = "Upload with wsdino-push"  # of commits, by which a repository is known as made here
 

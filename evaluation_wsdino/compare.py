@@ -20,11 +20,11 @@ from wsdino.files import write_text
 from wsdino.run_folder import RunFolder
 from wsdino.settings import parse_settings, setting
 
-from .evaluate_profiles import headline_set, profile_files
 from .measures import mechanism_precision, replicate_precision
-from .profile_table import PLACE, TableSettings, feature_columns, is_named, place_of, read_profiles
-from .profiles import aggregate_profiles, normalize_profiles
-from .scores import ONE_THREAD_BELOW, Protocol, answers, control_batch_effect, score_treatments
+from .profile_table import PLACE, TableSettings, feature_columns, place_of, read_profiles
+from .profiles import normalize_profiles
+from .results import headline_set, profile_files
+from .scores import ONE_THREAD_BELOW, Protocol, answers, control_batch_effect, labelled_treatments, score_treatments
 from .uncertainty import bootstrap_interval, exchange_p
 
 ALL = "all"
@@ -112,7 +112,7 @@ def read_rows(settings: CompareSettings) -> tuple[list[Row], list[str]]:
         tables = []
         for source in sources.split(","):
             path = _profiles_of(Path(source))
-            table = read_profiles(path, settings, labels)
+            table = read_profiles(path, settings, labels, relabel=True)
             labels = table if labels is None else labels
             if note := table.attrs.pop("note", None):
                 notes.append(f"{path}: {note}")
@@ -239,15 +239,14 @@ def _columns_of(table: pd.DataFrame, channels: list[str]) -> list[str]:
 def _measures(normalized: pd.DataFrame, raw: pd.DataFrame | None, protocol: Protocol) -> dict[str, pd.Series | float]:
     """Each measure of one seed: by treatment, and batch mixing as one number."""
     found = {}
-    labelled = is_named(normalized["Metadata_MOA"]) if "Metadata_MOA" in normalized else pd.Series([False])
-    if labelled.any():
-        treatments = aggregate_profiles(normalized[labelled], unit=protocol.unit)
+    treatments = labelled_treatments(normalized, protocol.unit)
+    if len(treatments):
         scores = score_treatments(treatments, **protocol.metric_options())
         scores["treatments"] = treatments["Metadata_Treatment"].tolist()
         for prefix in ("nsc", "nscb"):
             correct = {name: float(answer) for name, (answer, _) in answers(scores, prefix).items()}
             found[prefix] = pd.Series(correct, dtype=np.float64)
-        found["moa_map"] = mechanism_precision(treatments)
+        found["moa_map"] = mechanism_precision(treatments, protocol.moa_separator)
     found["replicate_map"] = replicate_precision(normalized)
     if raw is not None:
         found["batch_mixing"] = control_batch_effect(raw, protocol.normalizer())["after"]["neighbour_share"]

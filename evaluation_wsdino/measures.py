@@ -65,16 +65,19 @@ def replicate_precision(normalized: pd.DataFrame) -> pd.Series:
     return pd.Series(found, treatment, name="replicate_map").dropna().groupby(level=0).mean()
 
 
-def mechanism_precision(treatments: pd.DataFrame) -> pd.Series:
+def mechanism_precision(treatments: pd.DataFrame, separator: str | None = None) -> pd.Series:
     """Average precision of each treatment in finding those of other compounds with its MOA, by treatment.
 
     Parameters
     ----------
     treatments : pandas.DataFrame
         As of `aggregate_profiles`, each with a MOA. A treatment whose MOA no other compound has is left out.
+    separator : str, optional
+        What joins the MOAs of a treatment with several; treatments that share one have the same.
     """
     moa, compound = (treatments[f"Metadata_{name}"].to_numpy(str) for name in ("MOA", "Compound"))
-    same = moa[:, None] == moa
+    own = [{name.strip() for name in names.split(separator)} if separator else {names} for names in moa]
+    same = np.array([[not one.isdisjoint(other) for other in own] for one in own], dtype=bool).reshape(-1, len(own))
     found = average_precisions(features_of(treatments), same & (compound[:, None] != compound), ~same)
     return pd.Series(found, treatments["Metadata_Treatment"], name="moa_map").dropna()
 

@@ -70,7 +70,11 @@ def is_named(names: pd.Series) -> pd.Series:
 
 
 def read_profiles(
-    path: str | Path, settings: TableSettings | None = None, labels: pd.DataFrame | None = None
+    path: str | Path,
+    settings: TableSettings | None = None,
+    labels: pd.DataFrame | None = None,
+    *,
+    relabel: bool = False,
 ) -> pd.DataFrame:
     """The checked table of one file.
 
@@ -80,8 +84,10 @@ def read_profiles(
         Parquet, or a CSV or TSV that may be compressed: `profiles/<set>.parquet` of a run, or a table that
         CellProfiler, pycytominer or DeepProfiler wrote.
     labels : pandas.DataFrame, optional
-        A table that was read before, of the same screen: compound, treatment, MOA, batch and so on are taken from it
-        by plate and well, and rows that it does not have are left out.
+        A table that was read before, of the same screen: where this one names no compound, treatment or batch, its
+        labels are taken from that by plate and well, and rows that it does not have are left out.
+    relabel : bool
+        Take the labels from there in any case.
 
     Returns
     -------
@@ -106,7 +112,7 @@ def read_profiles(
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a readable Parquet or CSV file ({first_line(error)}).") from None
     profiles = _with_metadata(profiles, settings or TableSettings(), path.name)
-    if labels is not None:
+    if labels is not None and (relabel or not {*_NEEDED, "Metadata_Batch"} <= set(profiles.columns)):
         profiles = _labelled(profiles, labels, path.name)
     features = [str(column) for column in profiles.columns if not str(column).startswith("Metadata_")]
     if not all(re.search(r"._\d+$", name) for name in features):

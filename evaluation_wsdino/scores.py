@@ -11,7 +11,13 @@ from threadpoolctl import threadpool_limits
 from wsdino.errors import UserError
 from wsdino.settings import setting
 
-from .measures import batch_effect, mean_average_precision, replicate_reproducibility
+from .measures import (
+    batch_effect,
+    mean_average_precision,
+    mechanism_precision,
+    replicate_precision,
+    replicate_reproducibility,
+)
 from .normalization import TypicalVariationNormalizer
 from .not_same_compound.not_same_compound import not_same_compound
 from .profile_table import CONTROL, feature_columns, features_of, is_named
@@ -42,6 +48,9 @@ class Protocol:
         "TVN: plain is the paper's; regularized mixes in the mean variance; guarded also drops uncertain directions.",
     )
     unit: Literal["plate", "well", "field"] = setting("plate", "What fields are averaged in first.")
+    moa_separator: str | None = setting(
+        None, "What joins the mechanisms of a treatment with several, such as |; a neighbour that shares one is right."
+    )
 
     def normalizer(self) -> TypicalVariationNormalizer:
         """The normalizer of this protocol, not yet fitted."""
@@ -49,7 +58,8 @@ class Protocol:
 
     def metric_options(self) -> dict:
         """Options of the not_same_compound metric."""
-        return {"metric": self.metric, "k": self.k, "batch_rule": self.batch_rule}
+        names = ("metric", "k", "batch_rule", "moa_separator")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def description(self) -> dict:
         """The words in results.json for what was done."""
@@ -89,17 +99,14 @@ def evaluate_set(
     Returns
     -------
     dict
-        The entry of results.json (see `evaluate_profiles`).
+        The entry of results.json (see `results`).
 
     Raises
     ------
     UserError
-        The table lacks what a score needs: batches, MOAs, or two DMSO fields.
+        The table lacks what a score needs: batches, or two DMSO fields.
     """
-    for column in ("Metadata_MOA", "Metadata_Batch"):
-        if column not in profiles.columns:
-            raise UserError(f"The profiles have no column {column}: extract them from a dataset that has it.")
-    if not is_named(profiles["Metadata_Batch"]).any():
+    if "Metadata_Batch" not in profiles.columns or not is_named(profiles["Metadata_Batch"]).any():
         raise UserError("No field has a Metadata_Batch: name the batch of every field, one name if there was one.")
     protocol = protocol or Protocol()
     with threadpool_limits(1 if profiles.size < ONE_THREAD_BELOW else None):
@@ -116,10 +123,7 @@ def _evaluate_set(
 ) -> dict:
     """The work of `evaluate_set`."""
     normalized = normalize_profiles(profiles, normalizer)
-    labelled = is_named(normalized["Metadata_MOA"])
-    if not (labelled & (normalized["Metadata_Compound"] != CONTROL)).any():
-        raise UserError("No treated field has a Metadata_MOA: NSC needs the MOA of at least two compounds.")
-    treatments = aggregate_profiles(normalized[labelled], unit=protocol.unit)
+    treatments = labelled_treatments(normalized, protocol.unit)
     metadata = [column for column in treatments.columns if str(column).startswith("Metadata_")]
     options = protocol.metric_options()
     result = score_treatments(treatments, **options)
@@ -139,15 +143,37 @@ def _evaluate_set(
     result |= score_intervals(result)
     for prefix in PREFIXES:
         result[f"{prefix}_null"] = permutation_null(result[f"{prefix}_queries"])
-    if plot:
+    if plot and len(treatments):
         result["map"], result["map_method"] = map_treatments(features_of(treatments))
     five = score_treatments(treatments, **{**options, "k": 5})
     result["five_nearest"] = {prefix: five[prefix] for prefix in PREFIXES}
+    result["average_precision"] = {"replicate": _mean_precision(replicate_precision(normalized), normalized)}
+    result["average_precision"]["moa"] = _mean_precision(
+        mechanism_precision(treatments, protocol.moa_separator), normalized
+    )
     result["reproducibility"] = replicate_reproducibility(normalized)
     result["batch_effect"] = control_batch_effect(profiles, normalizer)
     if retrieval:
         result["retrieval"] = mean_average_precision(normalized)
     return result
+
+
+def labelled_treatments(normalized: pd.DataFrame, unit: str) -> pd.DataFrame:
+    """The aggregated profiles of the treatments that have a MOA; no row where none has, as in a screen of genes."""
+    treated = normalized["Metadata_Compound"] != CONTROL
+    if "Metadata_MOA" not in normalized:
+        normalized = normalized.assign(Metadata_MOA="")
+    labelled = is_named(normalized["Metadata_MOA"])
+    if (labelled & treated).any():
+        return aggregate_profiles(normalized[labelled], unit=unit)
+    return aggregate_profiles(normalized, unit=unit)[:0]
+
+
+def _mean_precision(precision: pd.Series, profiles: pd.DataFrame) -> dict:
+    """Mean over treatments of an average precision, and its interval by compound."""
+    compounds = profiles.groupby("Metadata_Treatment")["Metadata_Compound"].first()[precision.index]
+    low, high = bootstrap_interval(precision, compounds)
+    return {"value": float(precision.mean()), "low": low, "high": high, "treatments": len(precision)}
 
 
 def score_treatments(treatments: pd.DataFrame, **options: Any) -> dict:

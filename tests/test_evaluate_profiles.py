@@ -328,8 +328,6 @@ def test_bad_input_ends_with_one_sentence_and_leaves_old_results(run, tmp_path, 
     good = pd.read_parquet(path)
     for change, message in (
         (lambda frame: frame[frame["Metadata_Compound"] != "DMSO"], "hold 0 DMSO fields"),
-        (lambda frame: frame.drop(columns="Metadata_MOA"), "no column Metadata_MOA"),
-        (lambda frame: frame.assign(Metadata_MOA=""), "No treated field has a Metadata_MOA"),
         (lambda frame: frame.assign(Metadata_Batch=""), "No field has a Metadata_Batch"),
         (lambda frame: frame.assign(Metadata_Batch=None), "No field has a Metadata_Batch"),
         (lambda frame: frame.assign(dna_0000=np.nan), "column dna_0000, is not a finite number"),
@@ -386,3 +384,77 @@ def test_results_are_strict_json(run):
     assert results["headline"]["nscb"] is None
     assert "no query" in format_table(results)
     assert math.isfinite(results["headline"]["nsc"])
+
+
+# ---------------------------------------------------------------- screens without mechanisms, with other controls
+
+
+@pytest.mark.parametrize("without", ["no column", "empty"])
+def test_a_screen_without_mechanisms_is_scored_by_its_replicates(run, without):
+    for path in run.glob("profiles/*.parquet"):
+        frame = pd.read_parquet(path)
+        frame = frame.drop(columns="Metadata_MOA") if without == "no column" else frame.assign(Metadata_MOA=None)
+        frame.to_parquet(path)
+    results = evaluate_run(run, progress=False)
+    assert results["headline"]["nsc"] is None and results["counts"]["scored_treatments"] == 0
+    assert any("mechanism" in note for note in results["notes"])
+    scores = results["sets"]["trained"]
+    assert scores["nsc_total"] == 0 and scores["reproducibility"]["treatments"] == 24
+    assert scores["average_precision"]["replicate"]["value"] > 0.9
+    assert (
+        scores["average_precision"]["replicate"]["low"]
+        > results["sets"]["untrained"]["average_precision"]["replicate"]["value"]
+    )
+    assert "replicate mAP" in format_table(results)
+
+
+def test_a_screen_of_genes_with_two_controls(run):
+    """Genes in a column of their own, no concentration, controls by name, mechanisms that are several."""
+    expected = evaluate_run(run, progress=False)["sets"]["trained"]
+    for path in run.glob("profiles/*.parquet"):
+        frame = pd.read_parquet(path)
+        control = frame["Metadata_Compound"] == "DMSO"
+        names = np.where(frame.groupby("Metadata_Compound").cumcount() % 2, "no-guide", "non-targeting")
+        frame["Metadata_Gene"] = frame["Metadata_Treatment"].mask(control, pd.Series(names))
+        frame["Metadata_MOA"] = frame["Metadata_MOA"] + "; of " + frame["Metadata_Batch"]
+        frame.drop(columns=["Metadata_Compound", "Metadata_Treatment", "Metadata_Concentration"]).to_parquet(path)
+    controls = ["--controls", "no-guide", "non-targeting"]
+    main([str(run), "--compound_column", "gene", "--moa_separator", ";", *controls])
+    results = json.loads((run / "results.json").read_text())
+    assert results["counts"]["dmso_fields"] == 36 and results["protocol"]["moa_separator"] == ";"
+    scores = results["sets"]["trained"]
+    assert scores["nsc_total"] == expected["nsc_total"] == 24
+    # Other doses of a compound are other genes here, so that each has its own mechanism nearer than before.
+    assert scores["nsc_correct"] >= expected["nsc_correct"]
+    main([str(run), "--compound_column", "gene", *controls])
+    alone = json.loads((run / "results.json").read_text())["sets"]["trained"]
+    assert all(" of " in name for name in alone["moas"]) and alone["nsc_correct"] <= scores["nsc_correct"]
+
+
+def test_a_column_marks_the_controls(run, capsys):
+    for path in run.glob("profiles/*.parquet"):
+        frame = pd.read_parquet(path)
+        kind = np.where(frame["Metadata_Compound"] == "DMSO", "negcon", "trt")
+        frame.replace({"Metadata_Compound": {"DMSO": "water"}}).assign(Metadata_pert_type=kind).to_parquet(path)
+    assert evaluate_run(run, progress=False)["counts"]["dmso_fields"] == 36  # marked as cytomining tools do
+    main([str(run), "--controls", "negcon", "--control_column", "pert_type"])
+    assert json.loads((run / "results.json").read_text())["counts"]["dmso_fields"] == 36
+    assert "--controls" in stop(run, ["--controls", "negcon"], capsys)
+    assert "--control_column" in stop(run, ["--controls", "negcon", "--control_column", "kind"], capsys)
+
+
+@pytest.mark.parametrize("kind", ["csv.gz", "parquet"])
+def test_a_table_of_another_program_beside_a_run_is_one_set(run, kind):
+    frame = screen(4.0)
+    features = [name for name in frame if not name.startswith("Metadata_")]
+    wells = frame.groupby(["Metadata_Plate", "Metadata_Well"])[features].mean()
+    names = [f"{part}_AreaShape_{letter}" for part in ("Cells", "Nuclei") for letter in "ABCDEF"]
+    wells = wells.set_axis(names, axis=1).reset_index().assign(Cells_Texture_Bad=np.nan)
+    path = run / "profiles" / f"cellprofiler.{kind}"
+    wells.to_csv(path, index=False) if kind == "csv.gz" else wells.to_parquet(path)
+    results = evaluate_run(run, progress=False)
+    scores = results["sets"]["cellprofiler"]
+    assert list(scores["channels"]) == ["features"] and scores["channels"]["features"]["features"] == 12
+    assert scores["nsc_total"] == 24 and scores["nsc"] > 0.9
+    assert any("1 with missing values" in note for note in results["notes"])
+    assert results["headline"]["set"] == "trained"

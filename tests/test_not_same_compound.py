@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evaluation_wsdino.not_same_compound import neighbours as search
 from evaluation_wsdino.not_same_compound import not_same_compound
 
 FOLDER = Path(__file__).parent.parent / "evaluation_wsdino" / "not_same_compound"
@@ -26,9 +27,6 @@ OPTIONS = [
     {"batch_rule": "joined"},
     {"batch_rule": "disjoint"},
     {"batch_rule": "plate"},
-    {"exclude": "none"},
-    {"exclude": "unanswerable"},
-    {"keep_excluded": True},
     {"k": 3},
     {"k": 5, "metric": "euclidean", "batch_rule": "disjoint"},
 ]
@@ -91,14 +89,13 @@ def same_batch(rule, batches, plates, i, j):
     return set(plates[i].split("|")) == set(plates[j].split("|"))
 
 
-def loops(profiles, moas, compounds, batches, plates=None, metric="cosine", k=1, batch_rule="median",
-          exclude="single_batch", keep_excluded=False):  # fmt: skip
+def loops(profiles, moas, compounds, batches, plates=None, metric="cosine", k=1, batch_rule="median"):
     """{"nsc" and "nscb": {row: (correct, neighbours, candidates)}} of the scored queries."""
     rows = range(len(moas))
     out = {}
     for name in ("nsc", "nscb"):
         left_out = set()
-        if name == "nscb" and exclude == "single_batch":
+        if name == "nscb":
             rule = "median" if batch_rule == "plate" else batch_rule
             for moa in set(moas):
                 members = [i for i in rows if moas[i] == moa]
@@ -110,12 +107,12 @@ def loops(profiles, moas, compounds, batches, plates=None, metric="cosine", k=1,
                 continue
             near = []
             for j in rows:
-                if compounds[j] == compounds[i] or (j in left_out and not keep_excluded):
+                if compounds[j] == compounds[i] or j in left_out:
                     continue
                 if name == "nscb" and same_batch(batch_rule, batches, plates, i, j):
                     continue
                 near.append((-similarity(profiles[i], profiles[j], metric), j))
-            if not near or (exclude == "unanswerable" and all(moas[j] != moas[i] for _, j in near)):
+            if not near:
                 continue
             near.sort()
             votes = [moas[j] for _, j in near[:k]]
@@ -123,19 +120,6 @@ def loops(profiles, moas, compounds, batches, plates=None, metric="cosine", k=1,
             scored[i] = (winner == moas[i], [j for _, j in near[:k]], len(near))
         out[name] = scored
     return out
-
-
-def test_a_vector_without_direction_does_not_shorten_the_list_of_queries():
-    """`unanswerable` is about the screen's labels; whose vectors failed is what `invalid` decides."""
-    profiles = [[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.0, 0.0], [0.5, 0.5]]
-    names = dict(moas=list("xxyyz"), compounds=list("abcde"), batches=["1", "2", "1", "2", "1"])
-    result = not_same_compound(profiles, **names, invalid="wrong", exclude="unanswerable")
-    for prefix in ("nsc", "nscb"):
-        assert (result[f"{prefix}_correct"], result[f"{prefix}_total"]) == (2, 4)
-        assert [query["answerable"] for query in result[f"{prefix}_queries"]] == [True] * 4 + [False]
-        assert result[f"{prefix}_queries"][4]["excluded"] == "no candidate of its MOA"
-    gone = not_same_compound(profiles, **names, invalid="exclude", exclude="unanswerable")
-    assert (gone["nsc_correct"], gone["nsc_total"]) == (2, 2)
 
 
 def check_against_loops(profiles, moas, compounds, batches, plates, options):
@@ -183,7 +167,7 @@ def test_any_screen_agrees_with_plain_loops(data):
 
 @pytest.mark.parametrize("spread", [1e-2, 1e-3, 1e-4])
 def test_profiles_that_differ_by_less_than_single_precision_tells(spread):
-    """Cosines of 1 - spread^2: the first look in single precision must hand over to double."""
+    """Cosines of 1 - spread^2, which single precision would round to ties."""
     moas, compounds, batches = screen()
     profiles = 1 + spread * np.random.default_rng(9).normal(size=(103, 8))
     check_against_loops(profiles, moas, compounds, batches, None, {})
@@ -308,8 +292,6 @@ def test_of_tied_neighbours_a_wrong_one_is_taken():
     result = not_same_compound(profiles, moas, compounds)
     assert [q["correct"] for q in result["nsc_queries"]] == [False, False, False, False]
     assert result["nsc_queries"][0]["tied"] == 2
-    first = not_same_compound(profiles, moas, compounds, ties="first")
-    assert [q["correct"] for q in first["nsc_queries"]] == [True, True, False, False]
     assert "nscb" not in result
 
 
@@ -332,9 +314,6 @@ def test_vectors_without_a_direction(bad):
     assert (wrong["nsc_correct"], wrong["nsc_total"]) == (4, 5)
     assert wrong["nsc_queries"][2]["neighbour"] is None and not wrong["nsc_queries"][2]["correct"]
     assert 2 not in [query["neighbour"] for query in wrong["nsc_queries"]]
-    left_out = not_same_compound(profiles, moas, compounds, invalid="exclude")
-    assert (left_out["nsc_correct"], left_out["nsc_total"]) == (4, 4)
-    assert left_out["nsc_queries"][2]["excluded"] == "invalid vector"
 
 
 def test_a_constant_vector_has_no_correlation_but_a_cosine():
@@ -377,6 +356,52 @@ def test_a_tied_vote_goes_to_the_nearest():
     assert result["nsc_queries"][0]["predicted"] == "x"
     result = not_same_compound(profiles, ["x", "y", "x", "y", "x"], list("abcde"), k=2)
     assert result["nsc_queries"][0]["predicted"] == "y"
+
+
+# ---------------------------------------------------------------- several mechanisms per treatment
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_shared_mechanism_counts(k):
+    """By loops: every mechanism of every neighbour is a vote; the nearest with one of the winners decides."""
+    moas, compounds, batches = screen()
+    rng = np.random.default_rng(2)
+    several = [f"{moa}|{moas[rng.integers(103)]}" if rng.random() < 0.4 else moa for moa in moas]
+    profiles = rng.normal(size=(103, 6))
+    result = not_same_compound(profiles, several, compounds, batches, moa_separator="|", k=k)
+    own = [set(name.split("|")) for name in several]
+    for query in result["nsc_queries"]:
+        row = query["row"]
+        others = [other for other in range(103) if compounds[other] != compounds[row]]
+        others.sort(key=lambda other: -similarity(profiles[row], profiles[other], "cosine"))
+        votes = [name for other in others[:k] for name in own[other]]
+        most = {name for name in votes if votes.count(name) == max(map(votes.count, votes))}
+        winners = next(own[other] & most for other in others[:k] if own[other] & most)
+        assert query["correct"] == bool(winners & own[row])
+    for prefix in ("nsc", "nscb"):
+        alone = {query["row"] for query in result[f"{prefix}_queries"] if query["excluded"]}
+        plain = not_same_compound(profiles, several, compounds, batches, k=k)
+        assert result[f"{prefix}_correct"] >= plain[f"{prefix}_correct"] - len(alone)
+    # One mechanism in every name: the separator changes nothing.
+    assert repr(not_same_compound(profiles, moas, compounds, batches, moa_separator="|")) == repr(
+        not_same_compound(profiles, moas, compounds, batches)
+    )
+
+
+def test_of_ties_one_that_shares_no_mechanism_is_taken():
+    names = dict(compounds=list("abcd"), moa_separator=";")
+    result = not_same_compound(np.ones((4, 2)), ["x;y", "y;z", "z", "x"], **names)
+    assert [query["correct"] for query in result["nsc_queries"]] == [False] * 4
+    result = not_same_compound(np.ones((3, 2)), ["x;y", "y;z", "z; x"], compounds=list("abc"), moa_separator=";")
+    assert result["nsc_correct"] == 3
+
+
+def test_a_treatment_is_left_out_where_all_its_mechanisms_occur_in_one_batch():
+    moas, batches = ["x|y", "x", "y", "z"], ["1", "1", "2", "2"]
+    result = not_same_compound(np.eye(4), moas, list("abcd"), batches, moa_separator="|")
+    assert [query["excluded"] for query in result["nscb_queries"]] == [
+        None, "x occurs in one batch", None, "z occurs in one batch",
+    ]  # fmt: skip
 
 
 # ---------------------------------------------------------------- as an evaluate module
@@ -439,7 +464,7 @@ def test_the_metric_keeps_double_precision(metric):
 
 
 def test_the_metric_without_batches_says_what_to_do(metric):
-    with pytest.raises(ValueError, match="batches is None: give one value a treatment"):
+    with pytest.raises(ValueError, match="batches is None: give one per treatment"):
         metric.compute(**{**toy(), "batches": None})
     assert metric.compute(**toy())["nsc"] == 1.0
 
@@ -481,13 +506,11 @@ def test_the_folder_loads_in_a_process_without_this_package(tmp_path):
         ({"references": ["x", float("nan"), "y", "y"]}, r"references\[1\] is empty"),
         ({"compounds": pd.Series(["a", pd.NA, "c", "d"])}, r"compounds\[1\] is empty"),
         ({"batches": [pd.NaT, "Week2", "Week1", "Week2"]}, r"batches\[0\] is empty"),
-        ({"batches": ["Week1", "|", "Week1", "Week2"]}, r"batches\[1\] is '\|'"),
+        ({"batches": ["Week1", "|", "Week1", "Week2"]}, r"batches\[1\] is empty"),
         ({"profiles": [[1.0], [1.0, 2.0], [1.0], [1.0]]}, "not a table of numbers"),
         ({"profiles": [1.0, 2.0, 3.0, 4.0]}, r"shape \(4,\)"),
         ({"metric": "manhattan"}, "metric is 'manhattan': choose one of cosine"),
         ({"batch_rule": "week"}, "batch_rule is 'week'"),
-        ({"exclude": "some"}, "exclude is 'some'"),
-        ({"ties": "last"}, "ties is 'last'"),
         ({"invalid": "skip"}, "invalid is 'skip'"),
         ({"k": 0}, "k is 0"),
         ({"k": 1.5}, "k is 1.5"),
@@ -511,18 +534,18 @@ def test_nothing_to_score_is_nan_and_not_zero():
 
 
 def test_blocks_do_not_change_the_answer(monkeypatch):
-    import importlib
-
-    module = importlib.import_module("evaluation_wsdino.not_same_compound.not_same_compound")
     moas, compounds, batches = screen()
     profiles = np.random.default_rng(4).normal(size=(103, 7))
     for options in ({}, {"metric": "euclidean", "batch_rule": "disjoint", "k": 3}):
         whole = not_same_compound(profiles, moas, compounds, batches, **options)
-        monkeypatch.setattr(module, "_BLOCK_BYTES", 8 * 103 * 10)
-        monkeypatch.setattr(module, "_LEAST_ROWS", 1)
-        monkeypatch.setattr(module, "_WHOLE_BYTES", 0)
-        assert repr(not_same_compound(profiles, moas, compounds, batches, **options)) == repr(whole)
+        monkeypatch.setattr(search, "_BLOCK", 1)  # 8 rows are looked at, 16 multiplied
+        monkeypatch.setattr(search, "_PRODUCT", 2)
+        blocks = not_same_compound(profiles, moas, compounds, batches, **options)
         monkeypatch.undo()
+        for prefix in ("nsc", "nscb"):
+            for one, other in zip(whole[f"{prefix}_queries"], blocks[f"{prefix}_queries"], strict=True):
+                assert one.pop("similarity") == pytest.approx(other.pop("similarity"), abs=1e-14)
+                assert one == other
 
 
 # ---------------------------------------------------------------- the card, the page
@@ -544,46 +567,6 @@ def test_the_card_counts_candidates_as_the_metric_does():
     for rule, count in (("median", 86), ("joined", 89)):
         line = next(line for line in text.splitlines() if line.startswith(f"| `{rule}`"))
         assert f"{count} candidates" in line
-
-
-@pytest.fixture
-def app(monkeypatch):
-    import importlib.util
-
-    monkeypatch.syspath_prepend(str(FOLDER))
-    specification = importlib.util.spec_from_file_location("space_app", FOLDER / "app.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
-def test_the_page_scores_a_csv(app, tmp_path):
-    table = toy()
-    path = tmp_path / "screen.csv"
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["treatment", "moa", "compound", "batch", "f1", "f2"])
-        for row, (vector, *names) in enumerate(zip(*table.values(), strict=True)):
-            writer.writerow([f"t{row}", *names, *vector])
-    text, rows = app.score_file(path)
-    assert "NSC 100.0%" in text and "4 of 4" in text
-    assert rows[0] == [1, "x", "a", "b: x", "b: x"]
-    for header, message in (
-        ("treatment,moa,compound,f1\n", "no column batch"),
-        ("moa,compound,batch,f1\n", "no rows"),
-    ):
-        path.write_text(header)
-        with pytest.raises(ValueError, match=message):
-            app.score_file(path)
-    path.write_text("moa,compound,batch,name\nx,a,w,text\n")
-    with pytest.raises(ValueError, match="no column of numbers"):
-        app.score_file(path)
-
-
-def test_the_page_without_gradio_says_what_to_install(app, monkeypatch):
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(SystemExit, match="pip install gradio"):
-        app.main()
 
 
 def test_batches_may_be_called_anything():

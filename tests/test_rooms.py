@@ -37,7 +37,7 @@ ALLOWED = {
         *("wsdino", "datasets", "evaluate", "jinja2"),
     },
     "model_cards": {"wsdino", "huggingface_hub", "yaml", "jinja2"},
-    "evaluation_wsdino/not_same_compound": {"numpy", "datasets", "evaluate", "gradio"},
+    "evaluation_wsdino/not_same_compound": {"numpy", "datasets", "evaluate"},
 }
 
 
