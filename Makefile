@@ -2,6 +2,7 @@
 #   make demo    the whole way on simulated images -> runs/demo/report.html, runs/demo/results.json
 #   make test    every test     make test-fast    without the slow ones     make lint    style and types
 #   make release RUN=runs/cells NAME=cells LICENSE=apache-2.0    an evaluated run's networks -> release/cells{,-<channel>}
+#   make gpu     on a machine with a GPU: its tests, then how fast it is (GPU="--device cpu --small" without one)
 #   make test-oldest    the fast tests with the oldest versions that setup.cfg promises, in an environment of their own
 #
 # torch is pinned for development; another build, such as a CUDA or CPU wheel index, is one variable away:
@@ -15,7 +16,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 LAUNCH := $(BIN)/accelerate launch --quiet --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: setup demo release test test-fast test-oldest lint clean-demo
+.PHONY: setup demo release test test-fast test-oldest gpu lint clean-demo
 
 setup: $(READY)
 
@@ -55,6 +56,10 @@ test: lint
 
 test-fast: $(READY)
 	@$(PYTEST) -m "not slow"
+
+gpu: $(READY)
+	@$(BIN)/python -m pytest -q tests/test_gpu.py -m "not slow"
+	@$(BIN)/python -m benchmarks.gpu $(GPU)
 
 OLDEST := .venv-oldest
 OLDEST_PIP := $(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --cache-dir $(OLDEST)/.pip-cache

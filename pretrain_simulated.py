@@ -4,24 +4,25 @@ wsdino-pretrain --output_dir runs/simulated_start
 wsdino-train --preset cells --init 'runs/simulated_start/{channel}/model' --dataset my_screen
 """
 
-import json
-from dataclasses import asdict
-from functools import partial
+import sys
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TextIO
 
 import torch
-from accelerate import Accelerator
 
 from dataset_scripts.simulator.drawn_cells import DrawingSettings, draw_cells, open_drawn_cells
 from modeling_wsdino import WSDinoConfig, WSDinoImageProcessor, WSDinoModel
 from modeling_wsdino.build_repository import build_repository
-from pretraining_wsdino.simulated_start import StartSettings, train_start
+from pretraining_wsdino import Trainer, new_accelerator, start_training
+from pretraining_wsdino.run_record import begun_run, recorded_run
+from pretraining_wsdino.simulated_start import RecognisePhenotypes, StartSettings, drawn_data
 from wsdino.errors import command
-from wsdino.files import claim_folder, write_json
-from wsdino.launch import choose_threads, keep_freed_memory, on_main_process, start_processes, usable_cores
-from wsdino.settings import parse_settings
+from wsdino.launch import keep_freed_memory, on_main_process, usable_cores
+from wsdino.launcher import follow_launcher
+from wsdino.settings import given_flags, parse_settings
 
+NAME = "wsdino-pretrain"
+RENAMED = {"max_steps": "num_train_steps"}
 CARD = """---
 library_name: transformers
 license: apache-2.0
@@ -42,64 +43,77 @@ SOURCE = {
 }
 
 
-def pretrain(settings: StartSettings) -> None:
-    """Draw what is absent, then train one network per channel; a channel that is already trained is skipped."""
+def channel_trainer(settings: StartSettings, channel: str) -> Trainer:
+    """Everything that one channel's training needs."""
     s = settings
-    start_processes("pretrain_simulated.py")
-    accelerator = Accelerator(mixed_precision=s.mixed_precision)
-    choose_threads(None)
-    run = Path(s.output_dir)
-    on_main_process(accelerator, lambda: claim_folder(run, "settings.json", "run"))
+    accelerator = new_accelerator(s, Path(s.output_dir, channel))
+    cells = open_drawn_cells(s.drawn_cells, channel)
+    torch.manual_seed(s.seed)
+    config = WSDinoConfig(
+        hidden_size=s.hidden_size,
+        num_hidden_layers=s.num_hidden_layers,
+        num_attention_heads=s.num_attention_heads,
+        patch_size=s.patch_size,
+        image_size=s.crop_size,
+        patch_embedding=s.patch_embedding,
+        initializer_range=0.1,
+        channel_names=[channel],
+    )
+    backbone = WSDinoModel(config)
+    if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu":
+        backbone.set_attn_implementation("eager")  # sdpa's backward in bf16 on a CPU is slower than float32
+    processor = WSDinoImageProcessor(
+        tile_size=s.crop_size, tile_grid=1, max_intensity=s.max_intensity, intensity_scale="log", symmetries=4
+    )
+    card = CARD.format(
+        channel=channel,
+        numbers=cells.numbers.shape[1],
+        source=SOURCE[s.source],
+        cells=len(cells.planes),
+        phenotypes=s.phenotypes,
+        steps=s.num_train_steps,
+        batch=s.per_device_train_batch_size,
+    )
+
+    def save_model(folder: Path, trained: WSDinoModel) -> None:
+        build_repository(folder, trained, processor, card=card)
+
+    objective = RecognisePhenotypes(s, backbone, cells.phenotype, cells.numbers)
+    data = drawn_data(s, cells.planes, cells.phenotype, cells.optics)
+    return Trainer(s, objective, data, channel, accelerator, save_model)
+
+
+def pretrain(settings: StartSettings) -> bool:
+    """Draw what is absent, then train one network per channel; False when interrupted."""
+    s = settings
+    accelerator = start_training(s, NAME)
+    on_main_process(accelerator, lambda: recorded_run(s))
     drawing = DrawingSettings(s.source, s.phenotypes, s.cells, s.crop_size + 4, s.seed)
     on_main_process(accelerator, lambda: draw_cells(s.drawn_cells, drawing, s.draw_processes or usable_cores()))
-    on_main_process(accelerator, lambda: write_json(run / "settings.json", {"start": asdict(s)}))
-    for channel in s.channels:
-        folder = run / channel
-        if (folder / "model").exists():
-            accelerator.print(f"{channel}: already trained.")
-            continue
-        cells = open_drawn_cells(s.drawn_cells, channel)
-        torch.manual_seed(s.seed)
-        config = WSDinoConfig(
-            hidden_size=s.hidden_size,
-            num_hidden_layers=s.num_hidden_layers,
-            num_attention_heads=s.num_attention_heads,
-            patch_size=s.patch_size,
-            image_size=s.crop_size,
-            patch_embedding=s.patch_embedding,
-            initializer_range=0.1,
-            channel_names=[channel],
-        )
-        backbone = WSDinoModel(config)
-        if s.mixed_precision == "bf16" and accelerator.device.type == "cpu":
-            backbone.set_attn_implementation("eager")  # sdpa's backward in bf16 on a CPU is slower than float32
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "metrics.jsonl", "w") as log:
-
-            def write(line: dict, log: TextIO = log) -> None:
-                if accelerator.is_main_process:
-                    print(json.dumps(line), file=log, flush=True)
-
-            trained = train_start(
-                s, backbone, cells.planes, cells.phenotype, cells.optics, cells.numbers, accelerator, write
-            )
-        processor = WSDinoImageProcessor(
-            tile_size=s.crop_size, tile_grid=1, max_intensity=s.max_intensity, intensity_scale="log", symmetries=4
-        )
-        words = {"numbers": cells.numbers.shape[1], "source": SOURCE[s.source], "cells": len(cells.planes)}
-        words |= {"phenotypes": s.phenotypes, "steps": s.max_steps, "batch": s.per_device_train_batch_size}
-        card = CARD.format(channel=channel, **words)
-        save = partial(build_repository, folder / "model", trained, processor, card=card)
-        on_main_process(accelerator, save)
-    accelerator.print(f"Trained {', '.join(s.channels)} on drawn (simulated) cells into {run}.")
+    dataset = {"path": s.drawn_cells, "fields": s.phenotypes * s.cells * 2, "source": ["simulated"]}
+    with ExitStack() as held:
+        for channel in s.channels:
+            trainer = channel_trainer(s, channel)
+            if channel == s.channels[0]:
+                held.enter_context(begun_run(s, s.channels, dataset, accelerator))
+            finished = trainer.train()
+            del trainer
+            if not finished:
+                return False
+    accelerator.print(f"Trained {', '.join(s.channels)} on drawn (simulated) cells into {s.output_dir}.")
+    accelerator.wait_for_everyone()
     accelerator.end_training()
+    return True
 
 
-@command("wsdino-pretrain")
+@command(NAME)
 def main(argv: list[str] | None = None) -> None:
-    """Read the flags and train; see the module's docstring."""
+    """Run the command."""
+    summary = __doc__.split("\n")[0]
+    settings = parse_settings(StartSettings, argv, prog=NAME, description=summary, renamed=RENAMED)
     keep_freed_memory()
-    pretrain(parse_settings(StartSettings, argv, prog="wsdino-pretrain", description=__doc__.split("\n")[0]))
+    if not pretrain(follow_launcher(settings, given_flags(argv, RENAMED))):
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ This script joins the rooms: the data room's planes, the model room's networks a
 """
 
 import gc
-import os
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -21,8 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from filelock import FileLock
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
@@ -30,11 +28,10 @@ from transformers.utils.logging import disable_progress_bar
 from dataset_scripts import (
     Fields,
     Planes,
-    build_dataset,
     metadata_table,
     open_fields,
     open_planes,
-    simulate_screen,
+    simulated_demo,
 )
 from evaluation_wsdino.evaluate_profiles import evaluate_set
 from modeling_wsdino import WSDinoConfig, WSDinoFeatureExtractionPipeline, WSDinoImageProcessor, WSDinoModel
@@ -48,17 +45,17 @@ from pretraining_wsdino import (
     TrainingSettings,
     check_settings,
     new_accelerator,
+    start_training,
     training_data,
 )
-from pretraining_wsdino.run_record import begun_run, recorded_run
+from pretraining_wsdino.run_record import begun_run, joined_channels, recorded_run
 from wsdino.errors import UserError, command
-from wsdino.launch import choose_threads, keep_freed_memory, on_main_process, start_processes
-from wsdino.launcher import check_precision, follow_launcher
+from wsdino.launch import keep_freed_memory, on_main_process
+from wsdino.launcher import follow_launcher
 from wsdino.run_folder import RENAMED_SETTINGS, RunFolder
 from wsdino.settings import given_flags, parse_settings
 
 NAME = "train_accelerate.py"
-SIMULATED_DEMO = Path("data/simulated_demo")
 # Settings that describe a network from random weights, and the values of its config that they become.
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "patch_embedding")
 SCORES = ("nsc", "nscb", "nsc_correct", "nsc_total", "nscb_correct", "nscb_total")
@@ -70,55 +67,6 @@ def parse(argv: list[str] | None = None) -> TrainingSettings:
     return parse_settings(
         TrainingSettings, argv, prog=NAME, description=summary, presets=PRESETS, renamed=RENAMED_SETTINGS
     )
-
-
-def launch(settings: TrainingSettings) -> Accelerator:
-    """Join the processes of the launch and say what it uses; refuse a precision or tracker that is lacking."""
-    if torch.backends.mps.is_available():  # an Apple GPU lacks float64 and uint16, which targets and crops use
-        os.environ["ACCELERATE_USE_CPU"] = "true"
-    state = start_processes(NAME)
-    check_precision(settings.mixed_precision, state.device)
-    trackers = ["all", *map(str, get_available_trackers())]
-    for name in settings.report_to:
-        if name not in trackers:
-            raise UserError(
-                f"--report_to {name} is no installed tracker: install it, or use one of {', '.join(trackers)}."
-            )
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = settings.tf32
-    choose_threads(settings.num_threads)
-    accelerator = new_accelerator(settings)
-    accelerator.print(
-        f"Training on {state.num_processes} x {state.device.type}, mixed_precision {settings.mixed_precision}, "
-        f"{settings.gradient_accumulation_steps} micro-batches of {settings.per_device_train_batch_size} per step."
-    )
-    return accelerator
-
-
-def simulated_demo() -> str:
-    """Folder of a small simulated screen, made once under `data/`, also when two runs start at once."""
-    SIMULATED_DEMO.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(SIMULATED_DEMO.with_name(SIMULATED_DEMO.name + ".lock")):
-        if not (SIMULATED_DEMO / "README.md").exists():
-            raw = SIMULATED_DEMO.with_name(SIMULATED_DEMO.name + "_raw")
-            # 1 / 3.2 of the real resolution: 160 x 200 pixels hold as many cells as the paper's 512 x 640.
-            simulate_screen(raw, size="demo", seed=0, scale=1 / 3.2)
-            build_dataset(raw, SIMULATED_DEMO)
-    return str(SIMULATED_DEMO)
-
-
-def open_screen(settings: TrainingSettings, accelerator: Accelerator) -> Fields:
-    """The fields to train on."""
-    label = [] if settings.weak_label == "none" else [settings.weak_label]
-    with accelerator.local_main_process_first():
-        return open_fields(settings.dataset, [settings.subset], columns=[*settings.channels, *label])
-
-
-def channels_of_run(settings: TrainingSettings, before: list[str], fields: Fields) -> list[str]:
-    """The channels of this launch and of the run's earlier ones, in the dataset's order where they differ."""
-    names = dict.fromkeys([*before, *settings.channels])
-    if len(names) == len(settings.channels):
-        return settings.channels
-    return sorted(names, key=lambda name: [*fields.column_names, name].index(name))
 
 
 def check_depths(settings: TrainingSettings, channels: list[str], fields: Fields) -> None:
@@ -161,13 +109,16 @@ def initial_backbone(settings: TrainingSettings, channel: str, drop_path_rate: f
     return backbone
 
 
-def scorer(settings: TrainingSettings, channel: str, processor: WSDinoImageProcessor) -> Callable[[Any], dict]:
-    """A function that scores a backbone on all evaluated fields.
+def scorer(
+    settings: TrainingSettings, channel: str, processor: WSDinoImageProcessor, accelerator: Accelerator
+) -> Callable[[Any], dict]:
+    """A function that scores a backbone on all evaluated fields, of which each process extracts its share.
 
     Random features are scored once, so that a bad setup fails now and not hours into training.
     """
-    fields = open_fields(settings.dataset, settings.eval_subsets, channels=[channel])
-    metadata, planes = metadata_table(fields), open_planes(fields, channel)
+    with accelerator.local_main_process_first():
+        fields = open_fields(settings.dataset, settings.eval_subsets, channels=[channel])
+        metadata, planes = metadata_table(fields), open_planes(fields, channel)
 
     def scores(features: np.ndarray) -> dict[str, Any]:
         names = [f"{channel}_{index:04d}" for index in range(features.shape[1])]
@@ -178,11 +129,14 @@ def scorer(settings: TrainingSettings, channel: str, processor: WSDinoImageProce
         extract = WSDinoFeatureExtractionPipeline(
             model=backbone.eval(), image_processor=processor, device=backbone.device
         )
-        stream = extract((plane for plane in planes), batch_size=16, return_tensors=True)
-        stream = tqdm(stream, total=len(planes), desc=f"evaluate {channel}", unit="field")
-        return scores(np.stack([row.numpy() for row in stream]))
+        rows = range(accelerator.process_index, len(planes), accelerator.num_processes)
+        stream = extract((planes[row] for row in rows), batch_size=16, return_tensors=True)
+        stream = tqdm(stream, total=len(rows), desc=f"evaluate {channel}", unit="field", disable=rows.start > 0)
+        parts = gather_object([(row, features.numpy()) for row, features in zip(rows, stream, strict=True)])
+        features = np.stack([features for _, features in sorted(parts, key=lambda part: part[0])])
+        return on_main_process(accelerator, lambda: scores(features))
 
-    scores(np.random.default_rng(0).normal(size=(len(fields), 2)))
+    on_main_process(accelerator, lambda: scores(np.random.default_rng(0).normal(size=(len(fields), 2))))
     return score
 
 
@@ -223,9 +177,7 @@ def channel_trainer(settings: TrainingSettings, channel: str, fields: Fields) ->
         objective = Supervised(s, make_backbone, data.pairs, max_intensity)
     else:
         objective = SelfDistillation(s, make_backbone, data, max_intensity)
-    score = None
-    if s.eval_every_epochs:
-        score = on_main_process(accelerator, partial(scorer, s, channel, processor))
+    score = scorer(s, channel, processor, accelerator) if s.eval_every_epochs else None
     return Trainer(
         s, objective, data, channel, accelerator, partial(save_model, processor),
         score=score, eval_every=s.eval_every_epochs,
@@ -236,18 +188,22 @@ def train(settings: TrainingSettings) -> bool:
     """Train every channel in turn, then join the towers into one model. False when interrupted."""
     if settings.init == "random":
         check_settings(settings, settings.patch_size)
-    accelerator = launch(settings)
+    accelerator = start_training(settings, NAME)
     recorded = on_main_process(accelerator, lambda: recorded_run(settings))
     if settings.dataset is None:
         path = recorded["arguments"]["dataset"] if recorded else None
-        settings = replace(settings, dataset=path or on_main_process(accelerator, simulated_demo))
-    fields, run = open_screen(settings, accelerator), RunFolder(settings.output_dir)
+        settings = replace(
+            settings, dataset=path or on_main_process(accelerator, partial(simulated_demo, "data/simulated_demo"))
+        )
+    run, label = RunFolder(settings.output_dir), [settings.weak_label] if settings.weak_label != "none" else []
+    with accelerator.local_main_process_first():
+        fields = open_fields(settings.dataset, [settings.subset], columns=[*settings.channels, *label])
     if recorded and recorded["dataset"]["fields"] != len(fields):
         raise UserError(
             f"{run} trains on {recorded['dataset']['fields']} fields and --dataset {settings.dataset} --subset "
             f"{settings.subset} has {len(fields)}: give the dataset that it began with, or another --output_dir."
         )
-    channels = channels_of_run(settings, recorded["arguments"]["channels"] if recorded else [], fields)
+    channels = joined_channels(settings.channels, recorded, fields.column_names)
     check_depths(settings, channels, fields)
     dataset = {
         "path": settings.dataset,

@@ -26,6 +26,7 @@ _HOME = {
     "random_phenotype": "simulator.phenotypes",
     "read_screen": "screen",
     "simulate_screen": "simulator.simulate",
+    "simulated_demo": "simulator.demo",
 }
 
 __all__ = sorted(_HOME)

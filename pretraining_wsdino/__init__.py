@@ -1,5 +1,6 @@
 """Self-distillation with weak labels: settings, pairs, crops, head, loss, schedules and the loop, in plain PyTorch."""
 
+from .accelerators import new_accelerator, start_training
 from .distillation import DinoHead, DinoLoss, MultiCropNetwork, koleo_loss, sinkhorn_targets, update_teacher
 from .monitors import FeatureWindow, collapse_verdict, participation_ratio
 from .multicrop import CropSpec, cut_window, draw_boxes, resize_windows
@@ -10,7 +11,7 @@ from .self_distillation import SelfDistillation
 from .settings import PRESETS, LoopSettings, TrainingSettings, check_settings
 from .step_data import StepData, training_data
 from .supervised import Supervised
-from .trainer import Objective, Progress, Trainer, new_accelerator
+from .trainer import Objective, Progress, Trainer
 
 __all__ = [
     "PRESETS",
@@ -42,6 +43,7 @@ __all__ = [
     "participation_ratio",
     "resize_windows",
     "sinkhorn_targets",
+    "start_training",
     "training_data",
     "update_teacher",
     "whiten_patch_embedding",

@@ -227,8 +227,10 @@ class DinoLoss(nn.Module):
 
         Called once per optimiser step, so that all micro-batches of a step see the same centre.
         """
-        mean = torch.stack(self._sums).mean(0)
-        self._sums.clear()
+        sums, self._sums = self._sums, []
+        if self.centering == "sinkhorn":  # which reads no centre
+            return
+        mean = torch.stack(sums).mean(0)
         mean = _sum_over_processes(mean) / _num_processes()
         self.center.mul_(self.center_momentum).add_(mean, alpha=1 - self.center_momentum)
 

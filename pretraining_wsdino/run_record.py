@@ -2,7 +2,7 @@
 
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
@@ -47,6 +47,14 @@ def recorded_run(settings: LoopSettings) -> dict[str, Any] | None:
         flags = ", ".join(f"--{name}" for name in changed)
         raise UserError(f"{run} holds a run with other settings ({flags}): give another --output_dir.")
     return recorded
+
+
+def joined_channels(asked: Sequence[str], recorded: dict[str, Any] | None, columns: Sequence[str]) -> list[str]:
+    """The channels of this launch and of the run's earlier ones, in the dataset's order where they differ."""
+    names = list(dict.fromkeys([*(recorded["arguments"]["channels"] if recorded else []), *asked]))
+    if len(names) == len(asked):
+        return list(asked)
+    return sorted(names, key=lambda name: [*columns, name].index(name))
 
 
 def describe_launch(state: PartialState) -> dict[str, Any]:

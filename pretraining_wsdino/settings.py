@@ -10,6 +10,25 @@ from wsdino.settings import setting
 # What a partner differs in, from the loosest to the strictest.
 CONSTRAINTS = ("none", "image", "well", "plate", "batch")
 
+# What the presets for small images have in common: a small ViT, from random weights unless told otherwise.
+SMALL_NETWORK = {
+    "init": "random",
+    "hidden_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 3,
+    "drop_path_rate": 0.0,
+    "global_crop_size": 64,
+    "tile_size": 64,
+    "num_prototypes": 64,
+    "head_hidden_dim": 256,
+    "head_bottleneck_dim": 64,
+    "freeze_last_layer_epochs": 0,
+    "student_temperature": 0.1,
+    "centering": "sinkhorn",
+    "koleo_weight": 0.02,
+    "max_grad_norm": 1.0,
+    "stop_after_epoch": None,
+}
 # What a preset changes; all other settings keep the defaults of `TrainingSettings`, which are the paper's.
 PRESETS: dict[str, dict] = {
     "paper": {},
@@ -22,7 +41,6 @@ PRESETS: dict[str, dict] = {
         "per_device_train_batch_size": 64,
         "learning_rate": 1.6e-5,
         "final_learning_rate": 1.2e-5,
-        "dataloader_num_workers": 8,
     },
     # Without ImageNet weights the paper's 4e-6 moves nothing; these are the settings with which DINO trains ViT-S from
     # random weights (Caron et al. 2021, appendix: 5e-4 at batch 256, weight decay 0.04 to 0.4, clipping, EMA 0.996).
@@ -39,61 +57,40 @@ PRESETS: dict[str, dict] = {
         "center_momentum": 0.9,
         "student_temperature": 0.1,
         "stop_after_epoch": None,
-        "dataloader_num_workers": 8,
     },
     # A small ViT on small simulated fields, from random weights: minutes on two CPU cores. RESULTS.md says what was
     # measured: without the first two settings even a supervised network of this size hardly learns in that time, and
     # Sinkhorn targets and a little KoLeo keep targets and features from collapsing. Anchors of one plate keep the
     # batch out of the targets, which longer runs learned instead of the phenotype; at this length no score moved.
     "demo": {
-        "init": "random",
+        **SMALL_NETWORK,
         "whiten_patches": True,
         "initializer_range": 0.1,
         "anchor_group": "plate",
         "pair_constraint": "plate",
         "output_dir": "runs/demo",
-        "hidden_size": 96,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 3,
-        "drop_path_rate": 0.0,
-        "global_crop_size": 64,
         "local_crops": 4,
         "local_crop_size": 32,
-        "tile_size": 64,
-        "num_prototypes": 64,
-        "head_hidden_dim": 256,
-        "head_bottleneck_dim": 64,
-        "freeze_last_layer_epochs": 0,
-        "student_temperature": 0.1,
         "teacher_temperature": 0.04,
-        "centering": "sinkhorn",
-        "koleo_weight": 0.02,
         "teacher_momentum": 0.97,
         "learning_rate": 1e-3,
         "final_learning_rate": 1e-5,
         "warmup_epochs": 2,
         "weight_decay": 0.04,
         "final_weight_decay": 0.04,
-        "max_grad_norm": 1.0,
         "per_device_train_batch_size": 32,
         "num_train_epochs": 24,
-        "stop_after_epoch": None,
         "logging_steps": 5,
     },
     # Single cells and small screens, from a network trained on drawn cells (wsdino-pretrain) or from random weights:
     # the views differ in orientation and brightness, which are the shortcuts; one target per group of four cells.
     "cells": {
-        "init": "random",
+        **SMALL_NETWORK,
         "patch_embedding": "convolutional",
         "output_dir": "runs/cells",
-        "hidden_size": 96,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 3,
-        "drop_path_rate": 0.0,
         "group_size": 4,
         "pair_constraint": "none",
         "global_crops": 1,
-        "global_crop_size": 64,
         "global_crop_area": [0.7, 1.0],
         "student_sees_globals": False,
         "local_crops": 2,
@@ -102,28 +99,18 @@ PRESETS: dict[str, dict] = {
         "transpose": 0.5,
         "brightness_sd": 0.25,
         "intensity_scale": "log",
-        "tile_size": 64,
         "tile_grid": 1,
         "symmetries": 4,
-        "num_prototypes": 64,
-        "head_hidden_dim": 256,
-        "head_bottleneck_dim": 64,
-        "freeze_last_layer_epochs": 0,
-        "student_temperature": 0.1,
         "teacher_temperature": 0.015,
         "warmup_teacher_temperature": 0.015,
-        "centering": "sinkhorn",
-        "koleo_weight": 0.02,
         "teacher_momentum": 0.98,
         "learning_rate": 2e-4,
         "final_learning_rate": 4e-6,
         "warmup_epochs": 1,
         "weight_decay": 0.02,
         "final_weight_decay": 0.02,
-        "max_grad_norm": 1.0,
         "per_device_train_batch_size": 48,
         "num_train_epochs": 5,
-        "stop_after_epoch": None,
         "logging_steps": 10,
         "save_every_epochs": 1,
     },
@@ -153,6 +140,8 @@ class LoopSettings:
     learning_rate: float = setting(4e-6, "Peak, after the warm-up; not scaled by the batch.", above=0, below=INFINITY)
     final_learning_rate: float = setting(3e-6, "At the end of the cosine.", low=0, below=INFINITY)
     warmup_epochs: int = setting(10, "Linear warm-up from 0.", low=0)
+    num_train_steps: int | None = setting(None, "Length of the schedules in steps, instead of epochs.", low=1)
+    warmup_steps: int | None = setting(None, "Length of the warm-up in steps, instead of epochs.", low=0)
     weight_decay: float = setting(0.0, "AdamW's, at the start; never on biases and norms.", low=0, below=INFINITY)
     final_weight_decay: float = setting(0.0, "At the end of its cosine.", low=0, below=INFINITY)
     max_grad_norm: float = setting(0.0, "Clip the gradient's global norm; 0 is off.", low=0, below=INFINITY)
@@ -164,7 +153,9 @@ class LoopSettings:
     save_every_epochs: int = setting(10, "Epochs between checkpoints; the last step always has one.", low=1)
     save_total_limit: int = setting(2, "Checkpoints kept; older ones go once a newer one is whole.", low=1)
     logging_steps: int = setting(10, "Steps between lines of metrics.jsonl.", low=1)
-    dataloader_num_workers: int = setting(0, "Loader processes per training process.", low=0, high=4096)
+    dataloader_num_workers: int | None = setting(
+        None, "Loader processes per training process. Default: up to 8 on a GPU, 0 on a CPU.", low=0, high=4096
+    )
     num_threads: int | None = setting(
         None, "CPU threads per training process. Default: chosen by its launch.", low=1, high=4096
     )
@@ -328,63 +319,33 @@ def check_settings(settings: TrainingSettings, patch_size: int) -> None:
     check_area("--local_crop_area", s.local_crop_area)
     head = s.head_hidden_dim * (s.hidden_size + s.head_hidden_dim + s.head_bottleneck_dim)
     head += s.head_bottleneck_dim * s.num_prototypes
-    grouped, supervised = s.group_size > 1, s.objective == "supervised"
-    contradictions = (
-        (
-            s.per_device_train_batch_size % s.group_size,
-            f"--per_device_train_batch_size {s.per_device_train_batch_size} is not a multiple of --group_size "
-            f"{s.group_size}: choose one.",
-        ),
-        (
-            grouped and (s.unlabelled == "self" or s.anchor_group != "none"),
-            "--group_size goes with --unlabelled drop and --anchor_group none: give these.",
-        ),
-        (
-            not s.student_sees_globals and not s.local_crops,
-            "--student_sees_globals false needs a local crop, for the student to see: give --local_crops.",
-        ),
-        (
-            s.global_crops + s.local_crops < 2,
-            "--global_crops and --local_crops make a single view: the loss compares at least two.",
-        ),
-        (
-            s.init == "random" and s.hidden_size % s.num_attention_heads,
-            f"--hidden_size {s.hidden_size} is not a multiple of --num_attention_heads: choose one.",
-        ),
-        (
-            head > 10**10,
-            f"--num_prototypes, --head_hidden_dim and --head_bottleneck_dim make a head of {head:.1e} weights: "
-            "choose at most 1e10.",
-        ),
-        (
-            s.koleo_weight and s.per_device_train_batch_size < 2,
-            "--koleo_weight needs a neighbour in the batch: give --per_device_train_batch_size 2 or more.",
-        ),
-        (
-            s.whiten_patches and s.patch_embedding != "linear",
-            "--whiten_patches starts a linear patch embedding: leave it out, or --patch_embedding.",
-        ),
-        (
-            s.whiten_patches and s.init != "random",
-            "--whiten_patches would overwrite the weights of --init: leave one of them out.",
-        ),
-        (
-            supervised and s.weak_label == "none",
-            "--objective supervised learns the weak label: name one with --weak_label.",
-        ),
-        (
-            supervised and s.unlabelled == "self",
-            "--objective supervised learns from labelled images alone: leave --unlabelled at drop.",
-        ),
-        (
-            s.shuffle_labels and s.weak_label == "none",
-            "--shuffle_labels needs labels to shuffle: name a column with --weak_label.",
-        ),
-        (
-            not s.channels or len(set(s.channels)) != len(s.channels),
-            f"--channels is {' '.join(s.channels)!r}: name each image column once.",
-        ),
+    batch, supervised, labelled = s.per_device_train_batch_size, s.objective == "supervised", s.weak_label != "none"
+    _refuse(batch % s.group_size, f"--per_device_train_batch_size {batch} is not a multiple of --group_size.")
+    if s.group_size > 1:
+        _refuse(s.unlabelled == "self", "--group_size goes with --unlabelled drop: give both.")
+        _refuse(s.anchor_group != "none", "--group_size goes with --anchor_group none: give both.")
+    if not s.student_sees_globals:
+        _refuse(not s.local_crops, "--student_sees_globals false needs --local_crops, for the student to see.")
+    _refuse(s.global_crops + s.local_crops < 2, "--global_crops and --local_crops make one view: the loss needs two.")
+    if s.init == "random":
+        _refuse(s.hidden_size % s.num_attention_heads, "--hidden_size is not a multiple of --num_attention_heads.")
+    _refuse(
+        head > 10**10, f"--num_prototypes and --head_hidden_dim make a head of {head:.1e} weights: use smaller ones."
     )
-    for found, sentence in contradictions:
-        if found:
-            raise UserError(sentence)
+    _refuse(s.koleo_weight and batch < 2, "--koleo_weight needs a neighbour: give --per_device_train_batch_size 2.")
+    if s.whiten_patches:
+        _refuse(
+            s.patch_embedding != "linear", "--whiten_patches starts a linear --patch_embedding: leave one of them out."
+        )
+        _refuse(s.init != "random", "--whiten_patches would overwrite the weights of --init: leave one of them out.")
+    if supervised:
+        _refuse(not labelled, "--objective supervised learns the weak label: name one with --weak_label.")
+        _refuse(s.unlabelled == "self", "--objective supervised needs labels: leave --unlabelled at drop.")
+    _refuse(s.shuffle_labels and not labelled, "--shuffle_labels needs labels: name a column with --weak_label.")
+    once = bool(s.channels) and len(set(s.channels)) == len(s.channels)
+    _refuse(not once, f"--channels is {' '.join(s.channels)!r}: name each image column once.")
+
+
+def _refuse(found: object, sentence: str) -> None:
+    if found:
+        raise UserError(sentence)

@@ -14,13 +14,14 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import GradientAccumulationPlugin, set_seed, tqdm
+from accelerate import Accelerator
+from accelerate.utils import set_seed, tqdm
 from torch import nn
 from torch.utils.data import DataLoader
 
 from wsdino.errors import UserError
 from wsdino.launch import Interruption, on_main_process
+from wsdino.loader import batches, check_shared_memory, ignore_first_signal, processes_here, worker_count
 from wsdino.run_folder import RunFolder
 
 from .checkpoints import Checkpoints
@@ -79,21 +80,6 @@ class Objective(Protocol):
         return {}
 
 
-def new_accelerator(settings: LoopSettings, folder: Path | None = None) -> Accelerator:
-    """An accelerator for one channel's training, whose trackers write below `folder`."""
-    return Accelerator(
-        mixed_precision=settings.mixed_precision,
-        log_with=settings.report_to or None,
-        project_dir=folder and str(folder),
-        # `follow_launcher` has taken these two from the launcher. The loop divides by its number of micro-batches, and
-        # compiles the backbones alone; accelerate would do both once more.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        dynamo_backend="no",
-        # Every parameter takes part in every backward pass, so the search for unused ones is left out.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=False)],
-    )
-
-
 def parameter_groups(network: nn.Module) -> list[dict[str, Any]]:
     """AdamW's groups as in DINO: weight decay on matrices, none on biases, norms and other vectors."""
     decayed = [p for p in network.parameters() if p.requires_grad and p.ndim > 1]
@@ -121,11 +107,9 @@ class Trainer:
     save_model : callable
         `(folder, backbone)`: writes a model repository.
     score : callable, optional
-        Scores of a backbone, on the main process, every `eval_every` epochs: numbers by name.
+        Scores of a backbone every `eval_every` epochs, numbers by name; all processes call it.
     eval_every : int
         Epochs; 0 is never.
-    total_steps : int, optional
-        Length of the schedules, where epochs do not give it.
     """
 
     def __init__(
@@ -139,7 +123,6 @@ class Trainer:
         *,
         score: Callable[[nn.Module], dict[str, Any]] | None = None,
         eval_every: int = 0,
-        total_steps: int | None = None,
     ):
         s = settings
         self.settings, self.objective, self.data, self.channel = s, objective, data, channel
@@ -148,11 +131,14 @@ class Trainer:
         self.run = RunFolder(s.output_dir)
         self.global_batch = s.per_device_train_batch_size * s.gradient_accumulation_steps * accelerator.num_processes
         self.steps_per_epoch = max(len(data.pairs.rows) // self.global_batch, 1)
-        self.total_steps = total_steps or s.num_train_epochs * self.steps_per_epoch
+        self.total_steps = s.num_train_steps or s.num_train_epochs * self.steps_per_epoch
         stops = [self.total_steps, s.max_steps, s.stop_after_epoch and s.stop_after_epoch * self.steps_per_epoch]
         self.last_step = min(stop for stop in stops if stop is not None)
         self.log = MetricsLog(self.run.metrics_file(channel), accelerator)
         self.checkpoints = Checkpoints(self.run, channel, accelerator, s.save_total_limit, self.global_batch)
+        self.workers = worker_count(s.dataloader_num_workers, accelerator.device)
+        if self.workers:
+            self._check_shared_memory()
         optimizer = torch.optim.AdamW(parameter_groups(objective.network), lr=s.learning_rate, fused=True)
         self.network, self.optimizer = accelerator.prepare(objective.network.train(), optimizer)
         objective.prepare(accelerator, self.network)
@@ -197,13 +183,13 @@ class Trainer:
     def _loop(self, first_step: int, interruption: Interruption, bar: Any) -> bool:
         """Steps from `first_step` to the last; False when a process was asked to stop."""
         s = self.settings
-        batches = self._batches(first_step)
-        micro_batches = next(batches, None)
+        steps = self._batches(first_step)
+        micro_batches = next(steps, None)
         window, since, line, unread = [], time.perf_counter(), {}, []
         for step in range(first_step, self.last_step):
             monitors = self.step(step, micro_batches)
             fallbacks = micro_batches[0]["fallbacks"]
-            micro_batches = next(batches, None)  # cut while the device works
+            micro_batches = next(steps, None)  # cut while the device works
             window.append((monitors, fallbacks))
             unread.append((step, self._told(monitors["loss"], interruption)))
             bar.update()
@@ -230,10 +216,10 @@ class Trainer:
                 return False
         return True
 
-    def _batches(self, first_step: int) -> Iterator[list[dict[str, Any]]]:
-        """Micro-batches of this process for every step from `first_step` on."""
+    def _sampler(self, first_step: int) -> PairBatchSampler:
+        """Pairs of this process's micro-batches of every step from `first_step` on."""
         s, accelerator = self.settings, self.accelerator
-        sampler = PairBatchSampler(
+        return PairBatchSampler(
             self.data.pairs,
             batch_size=s.per_device_train_batch_size,
             total_steps=self.last_step,
@@ -242,15 +228,25 @@ class Trainer:
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
         )
+
+    def _check_shared_memory(self) -> None:
+        """Refuse loader processes whose batches the machine's shared memory does not hold."""
+        trial = [self.data.images[pair] for pair in next(iter(self._sampler(0)))]
+        check_shared_memory(self.data.collate(trial), self.workers, processes_here(), "dataloader_num_workers")
+
+    def _batches(self, first_step: int) -> Iterator[list[dict[str, Any]]]:
+        """Micro-batches of this process for every step from `first_step` on."""
+        s = self.settings
         loader = DataLoader(
             self.data.images,
-            batch_sampler=sampler,
+            batch_sampler=self._sampler(first_step),
             collate_fn=self.data.collate,
-            num_workers=s.dataloader_num_workers,
-            pin_memory=accelerator.device.type == "cuda",
+            num_workers=self.workers,
+            worker_init_fn=ignore_first_signal,
+            pin_memory=self.accelerator.device.type == "cuda",
             generator=torch.Generator().manual_seed(s.seed),  # leaves the global generator untouched
         )
-        micro_batches = iter(loader)
+        micro_batches = batches(loader, "dataloader_num_workers")
         for _ in range(first_step, self.last_step):
             yield [next(micro_batches) for _ in range(s.gradient_accumulation_steps)]
 
@@ -261,10 +257,14 @@ class Trainer:
     def schedules(self, step: int) -> dict[str, float]:
         """Learning rate and weight decay of a step."""
         s, total = self.settings, self.total_steps
-        warmup = min(s.warmup_epochs * self.steps_per_epoch, total)
+        warmup = s.warmup_epochs * self.steps_per_epoch if s.warmup_steps is None else s.warmup_steps
         return {
             "lr": cosine_schedule(
-                step, start=s.learning_rate, end=s.final_learning_rate, total_steps=total, warmup_steps=warmup
+                step,
+                start=s.learning_rate,
+                end=s.final_learning_rate,
+                total_steps=total,
+                warmup_steps=min(warmup, total),
             ),
             "weight_decay": cosine_schedule(step, start=s.weight_decay, end=s.final_weight_decay, total_steps=total),
         }
@@ -331,19 +331,16 @@ class Trainer:
         return line
 
     def _evaluate(self, step: int, bar: Any) -> None:
-        """Score the model on the main process, while the others wait, into a line of metrics.jsonl."""
-
-        def evaluate() -> None:
-            model = self.objective.model()
-            training = model.training
-            scores = self.score(model)
-            model.train(training)
+        """Score the model, for which all processes share the work, into a line of metrics.jsonl."""
+        model = self.objective.model()
+        training = model.training
+        scores = self.score(model)
+        model.train(training)
+        if self.accelerator.is_main_process:
             line = {"step": step + 1, "epoch": (step + 1) / self.steps_per_epoch, **scores}
             self.log.append(line)
             found = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
             bar.write(f"{self.channel}, epoch {line['epoch']:g}: {found}")
-
-        on_main_process(self.accelerator, evaluate)
 
     def _tell_verdict(self, line: dict[str, Any], bar: Any) -> None:
         """Warn when the teacher starts to look collapsed, and again when it recovers."""

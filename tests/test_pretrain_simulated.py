@@ -44,7 +44,16 @@ def test_a_cache_is_completed_and_one_of_other_settings_refused(tmp_path):
 
 def test_the_command_writes_a_start_that_loads(tmp_path, capsys):
     words = ["--output_dir", tmp_path / "run", "--drawn_cells", tmp_path / "cells", "--phenotypes", 8, "--cells", 2]
-    words += ["--per_device_train_batch_size", 8, "--max_steps", 3, "--hidden_size", 12, "--num_hidden_layers", 1]
+    words += [
+        "--per_device_train_batch_size",
+        8,
+        "--num_train_steps",
+        3,
+        "--hidden_size",
+        12,
+        "--num_hidden_layers",
+        1,
+    ]
     words += ["--channels", "dna", "--draw_processes", 1, "--logging_steps", 1]
     pretrain_simulated.main([str(word) for word in words])
     model = WSDinoModel.from_pretrained(tmp_path / "run" / "dna" / "model")

@@ -27,6 +27,7 @@ from transformers import AutoModel
 
 import train_accelerate
 from dataset_scripts import open_fields
+from dataset_scripts.simulator import demo
 from wsdino import launch
 from wsdino.errors import UserError
 
@@ -110,7 +111,7 @@ def test_an_apple_machine_trains_on_its_processor():
         "torch.backends.mps.is_available = accelerate.state.is_mps_available = lambda *_: True\n"
         "assert str(accelerate.PartialState().default_device) == 'mps'\n"
         "accelerate.PartialState._reset_state()\n"
-        "print(train_accelerate.launch(train_accelerate.TrainingSettings()).device)",
+        "print(train_accelerate.start_training(train_accelerate.TrainingSettings(), 'x').device)",
     )
     assert done.stdout.split() == ["cpu"], done.stderr
 
@@ -395,7 +396,7 @@ def test_where_a_gpu_is_left_alone_nothing_asks_for_it(tiny_screen, tmp_path, mo
     assert {parameter.device.type for parameter in trainer.objective.teacher.parameters()} == {"cpu"}
     assert "nsc" in lines(tmp_path, "tubulin")[-1]
     with pytest.raises(UserError, match="fp16 needs a GPU"):
-        train_accelerate.launch(replace(settings, mixed_precision="fp16"))
+        train_accelerate.start_training(replace(settings, mixed_precision="fp16"), "x")
 
 
 def test_networks_are_freed_before_the_next_channel_and_the_end(tiny_screen, tmp_path, monkeypatch):
@@ -788,8 +789,8 @@ def test_two_demos_that_start_at_once_simulate_one_screen(tmp_path, monkeypatch,
     def build(raw, folder):
         shutil.copytree(tiny_screen, folder)
 
-    monkeypatch.setattr(train_accelerate, "simulate_screen", simulate)
-    monkeypatch.setattr(train_accelerate, "build_dataset", build)
+    monkeypatch.setattr(demo, "simulate_screen", simulate)
+    monkeypatch.setattr(demo, "build_dataset", build)
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda _: train_accelerate.simulated_demo(), range(2)))
+        found = list(pool.map(lambda _: demo.simulated_demo("data/simulated_demo"), range(2)))
     assert len(made) == 1 and set(found) == {"data/simulated_demo"}

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from types import FrameType
@@ -17,6 +18,7 @@ from .launcher import check_launcher, processes_wanted
 
 # While one process downloads a dataset or evaluates, the others wait for hours rather than fail.
 PATIENCE = timedelta(days=1)
+ECHO = 5.0  # seconds in which torchrun passes a signal on
 
 
 def start_processes(script: str) -> PartialState:
@@ -93,21 +95,25 @@ def keep_freed_memory() -> None:
 class Interruption:
     """Turns Ctrl-C and a cluster's SIGTERM into a flag that a loop reads between steps, so that no step is torn.
 
-    The second signal ends the process at once with its default action.
+    The second signal ends the process at once with its default action. Where torchrun launched several processes, it
+    passes on what the whole process group has already got: its repetition within `ECHO` seconds is the same signal.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._since = 0.0
 
     def __enter__(self) -> "Interruption":
         self._old = {kind: signal.signal(kind, self._note) for kind in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def _note(self, kind: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
+        repeated = processes_wanted() > 1 and time.monotonic() - self._since < ECHO
+        if self.signal is None:
+            self.signal, self._since = kind, time.monotonic()
+        elif not repeated:
             signal.signal(kind, signal.SIG_DFL)
             os.kill(os.getpid(), kind)
-        self.signal = kind
 
     def __exit__(self, *_: object) -> None:
         for kind, handler in self._old.items():
