@@ -7,42 +7,43 @@
 Beside a run's trained networks it extracts what they must beat, from the same fields through the same code: the
 network that training started from where that was not random, an untrained network of the same shape, plain intensity
 statistics, and the nuclei counted and measured. `--model` takes any network instead: a repository of one channel or of
-several, an original DINO checkpoint, a transformers ViT. Columns follow the cytomining convention: `Metadata_*`, then
+several, an original DINO checkpoint, a transformers ViT; or any other encoder of images, such as a ResNet (see
+`modeling_wsdino/encoders.py`). Columns follow the cytomining convention: `Metadata_*`, then
 `<channel>_<index>`, each channel's features by themselves: the median over tiles, before any normalisation.
 
 Fields are decoded as they are needed and features are written every few hundred fields: memory does not grow with the
 screen, and a killed extraction continues where it stopped when it is started again, on any number of processes.
 """
 
-import hashlib
-import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from dataset_scripts import Fields, Planes, check_fields_once, metadata_table, open_fields
 from evaluation_wsdino.baselines import intensity_features, nuclear_features
 from evaluation_wsdino.pictures import choose_examples, draw_attention, draw_fields, save_sheet
-from evaluation_wsdino.profile_file import ProfileFile
+from evaluation_wsdino.profile_file import ProfileFile, part_size
 from modeling_wsdino import (
     WSDinoFeatureExtractionPipeline,
     WSDinoImageProcessor,
     WSDinoModel,
     attention_mass_mask,
 )
+from modeling_wsdino.encoders import Encoder, EncoderSettings, Mapped, StackedPlanes, digest_of, is_ours, load_network
 from modeling_wsdino.run_networks import RunNetworks, choose_channels, load_towers
 from wsdino.errors import UserError, command, first_line
 from wsdino.launch import on_main_process, start_processes, usable_cores
@@ -73,6 +74,19 @@ class ExtractionSettings:
     tiles: Literal["paper", "full", "original_code"] | None = setting(
         None, "Which tiles of a field. Default: as the model's image processor says."
     )
+    scaling: Literal["clip", "percentile"] | None = setting(
+        None, "For an encoder that is not WS-DINO's: clip at 10,000 (the default), or each field's own percentiles."
+    )
+    normalization: Literal["own", "none"] | None = setting(
+        None, "For such an encoder: by its own mean and standard deviation (the default), or none."
+    )
+    stack_channels: bool = setting(False, "For such an encoder: the channels as those of one image, as RGB.")
+    tile_size: int | None = setting(
+        None, "For such an encoder: side of a tile in pixels. Default: its input's.", low=1
+    )
+    tile_grid: int | None = setting(None, "For such an encoder: tiles along a side. Default: 2.", low=1)
+    revision: str | None = setting(None, "For such an encoder: revision of its Hub repository.")
+    trust_remote_code: bool = setting(False, "Run the code that the encoder's Hub repository holds.")
     batch_size: int = setting(16, "Fields that go through the network together.", low=1)
     shard_fields: int = setting(512, "Fields between two writes, at most: what a kill can cost.", low=1)
     num_workers: int | None = setting(
@@ -81,9 +95,6 @@ class ExtractionSettings:
     precision: Literal["no", "bf16", "fp16"] = setting("no", "Precision of the network; bf16 and fp16 are for GPUs.")
     compile: bool = setting(False, "Compile the network, which pays on GPUs and many fields.")
     device: str | None = setting(None, "Such as cpu or cuda:1. Default: what accelerate chooses.")
-
-
-# ---------------------------------------------------------------------------------------------- features
 
 
 @dataclass
@@ -98,13 +109,14 @@ class Extractor:
         """All that the features depend on, beside the planes."""
         if self.model is None:
             return {"statistics": self.statistics.__name__, "max_intensity": self.image_processor.max_intensity}
-        weights = hashlib.sha256()
-        for name, tensor in self.model.state_dict().items():
-            weights.update(name.encode() + tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
         ignored = {"transformers_version", "_name_or_path", "architectures", "auto_map", "custom_pipelines", "dtype"}
         config = {key: value for key, value in self.model.config.to_dict().items() if key not in ignored}
         processor = {key: value for key, value in self.image_processor.to_dict().items() if key not in ignored}
-        return {"weights": weights.hexdigest(), **processor, "config": config}
+        return {"weights": digest_of(self.model), **processor, "config": config}
+
+    def planes(self, fields: Fields, channel: str, rows: Sequence[int] | None = None) -> Planes:
+        """What `stream` takes of these rows, all by default."""
+        return Planes(fields, channel, rows)
 
     def check(self, planes: Planes, device: str) -> None:
         """Refuse planes that this extractor cannot or must not take, by a trial before anything is written."""
@@ -125,15 +137,38 @@ class Extractor:
     ) -> Iterator[np.ndarray]:
         """One float32 vector per plane, in order; a network's through the very pipeline that its users run."""
         if self.model is None:
-            rows = _Mapped(planes, partial(self.statistics, max_intensity=self.image_processor.max_intensity))
+            rows = Mapped(planes, partial(self.statistics, max_intensity=self.image_processor.max_intensity))
             yield from DataLoader(rows, batch_size=None, num_workers=num_workers)
         else:
             extract = WSDinoFeatureExtractionPipeline(
                 model=self.model.eval(), image_processor=self.image_processor, device=device
             )
-            inputs = _Mapped(planes, np.asarray)
+            inputs = Mapped(planes, np.asarray)
             for features in extract(inputs, batch_size=batch_size, num_workers=num_workers, return_tensors=True):
                 yield features.numpy()
+
+
+class EncoderExtractor(Extractor):
+    """Planes of one channel, or of several as the channels of one image, to rows of features of any encoder."""
+
+    def __init__(self, encoder: Encoder, stacked: Sequence[str] = ()) -> None:
+        super().__init__(encoder.cut.image_processor, encoder.network.module)
+        self.encoder, self.stacked = encoder, list(stacked)
+
+    def describe(self) -> dict:
+        return self.encoder.describe() | {"stacked": self.stacked}
+
+    def planes(self, fields: Fields, channel: str, rows: Sequence[int] | None = None) -> Sequence[np.ndarray]:
+        return StackedPlanes([Planes(fields, name, rows) for name in self.stacked or [channel]])
+
+    def check(self, planes: Sequence[np.ndarray], device: str) -> None:
+        try:
+            next(self.stream([planes.like], device))
+        except ValueError as error:
+            raise UserError(f"The dataset's fields do not suit the model: {error}.") from error
+
+    def stream(self, *args: Any) -> Iterator[np.ndarray]:
+        return self.encoder.stream(*args)
 
 
 def network_extractors(
@@ -143,39 +178,8 @@ def network_extractors(
     return {channel: Extractor(processors[channel], model) for channel, model in models.items()}
 
 
-class _Mapped(Dataset):
-    """A function of every plane, as torch's loaders take it."""
-
-    def __init__(self, planes: Sequence[np.ndarray], function: Callable):
-        self.planes, self.function = planes, function
-
-    def __len__(self) -> int:
-        return len(self.planes)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        return self.function(self.planes[index])
-
-
-# ---------------------------------------------------------------------------------------------- one profile file
-
-
-def part_size(fields: int, shard_fields: int, batch_size: int, processes: int) -> int:
-    """Fields per part: whole batches, at most `shard_fields` where that is a batch, and as many parts per process.
-
-    Batches then begin at multiples of the batch size, however many processes there are and wherever one was killed,
-    and features are the same to the bit.
-    """
-    most = max(shard_fields // batch_size, 1) * batch_size
-    parts = math.ceil(math.ceil(fields / most) / processes) * processes
-    return math.ceil(fields / parts / batch_size) * batch_size
-
-
 def extract_file(
-    path: Path,
-    extractors: dict[str, Extractor],
-    fields: Fields,
-    settings: ExtractionSettings,
-    state: PartialState,
+    path: Path, extractors: dict[str, Extractor], fields: Fields, settings: ExtractionSettings, state: PartialState
 ) -> None:
     """Write one profile file, together with the other processes; an existing file that is still valid is kept."""
     described = {channel: extractor.describe() for channel, extractor in extractors.items()}
@@ -186,7 +190,7 @@ def extract_file(
             print(f"{path} is up to date.")
         return
     for channel, extractor in extractors.items():
-        extractor.check(Planes(fields, channel), settings.device)
+        extractor.check(extractor.planes(fields, channel), settings.device)
         if extractor.model is not None:
             extractor.model.to(PRECISIONS[precision])
             if settings.compile:
@@ -202,7 +206,8 @@ def extract_file(
             first, last = (len(parts) * (state.process_index + end) // state.num_processes for end in (0, 1))
             if first < last:
                 title = f"{path.stem} {channel}" + (f", 1 of {state.num_processes}" if state.num_processes > 1 else "")
-                planes = Planes(fields, channel, [row for rows in parts[first:last] for row in rows])
+                rows = [row for rows in parts[first:last] for row in rows]
+                planes = extractors[channel].planes(fields, channel, rows)
                 stream = extractors[channel].stream(planes, settings.device, settings.batch_size, settings.num_workers)
                 with tqdm(total=len(planes), desc=title, unit="field", disable=not state.is_main_process) as bar:
                     for rows in parts[first:last]:
@@ -213,9 +218,6 @@ def extract_file(
                         file.write(channel, rows, np.stack(features))
         state.wait_for_everyone()
         on_main_process(state, file.join)
-
-
-# ---------------------------------------------------------------------------------------------- a run, a network
 
 
 def open_dataset(path: str, settings: ExtractionSettings, channels: list[str], state: PartialState) -> Fields:
@@ -269,6 +271,9 @@ def extract_run(settings: ExtractionSettings, state: PartialState) -> None:
 
 def extract_model(settings: ExtractionSettings, state: PartialState) -> None:
     """Write one network's profiles of a dataset, and pictures where they are asked for."""
+    if settings.scaling or settings.normalization or not is_ours(settings.model):
+        extract_encoder(settings, state)
+        return
     towers, processor = load_towers(settings.model, settings.channels)
     processor.tiles = settings.tiles or processor.tiles
     extractors = network_extractors(towers, dict.fromkeys(towers, processor))
@@ -280,6 +285,28 @@ def extract_model(settings: ExtractionSettings, state: PartialState) -> None:
         if settings.pictures is not None:
             write_pictures(settings.pictures, extractors, fields)
         print(f"Wrote {len(fields)} profiles into {settings.output}.")
+
+
+def extract_encoder(settings: ExtractionSettings, state: PartialState) -> None:
+    """Write any encoder's profiles of a dataset."""
+    if not settings.channels or settings.pictures or settings.tiles == "original_code":
+        raise UserError(
+            f"--model {settings.model} is a network of images: name the --channels it is to see, and leave out "
+            "--pictures and --tiles original_code."
+        )
+    network = load_network(settings.model, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
+    given = {name: getattr(settings, name) for name in ("scaling", "normalization", "tiles", "tile_size", "tile_grid")}
+    encoder = Encoder(network, EncoderSettings(**{name: value for name, value in given.items() if value is not None}))
+    fields = open_dataset(settings.dataset, settings, settings.channels, state)
+    if settings.stack_channels:
+        extractors = {"stacked": EncoderExtractor(encoder, settings.channels)}
+    else:
+        extractors = {channel: EncoderExtractor(encoder) for channel in settings.channels}
+    began = time.perf_counter()
+    extract_file(settings.output, extractors, fields, settings, state)
+    if state.is_main_process:
+        spent = (time.perf_counter() - began) * 1000 / max(len(fields), 1)
+        print(f"Wrote {len(fields)} profiles into {settings.output}, {spent:.1f} ms per field.")
 
 
 def write_pictures(folder: Path, extractors: dict[str, Extractor], fields: Fields) -> None:
@@ -306,9 +333,6 @@ def write_pictures(folder: Path, extractors: dict[str, Extractor], fields: Field
         masks = attention_mass_mask(maps.mean(1), 0.6)
         sheet = draw_attention(centres, maps.numpy(), masks.numpy(), titles[:4])
         save_sheet(sheet, folder / f"attention_{channel}.png")
-
-
-# ---------------------------------------------------------------------------------------------- the command
 
 
 def check_flags(settings: ExtractionSettings) -> None:

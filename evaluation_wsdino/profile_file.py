@@ -6,6 +6,7 @@ the finished file name all settings that the features depend on: parts of anothe
 """
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,17 @@ from wsdino.files import locked, remove, write_json, written_whole
 FORMAT = 1  # of the features themselves: files of another format are extracted again
 SETTINGS = b"wsdino_settings"
 ROW_GROUP = 8192
+
+
+def part_size(fields: int, shard_fields: int, batch_size: int, processes: int) -> int:
+    """Fields per part: whole batches, at most `shard_fields` where that is a batch, and as many parts per process.
+
+    Batches then begin at multiples of the batch size, however many processes there are and wherever one was killed,
+    and features are the same to the bit.
+    """
+    most = max(shard_fields // batch_size, 1) * batch_size
+    parts = math.ceil(math.ceil(fields / most) / processes) * processes
+    return math.ceil(fields / parts / batch_size) * batch_size
 
 
 class ProfileFile:

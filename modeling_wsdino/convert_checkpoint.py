@@ -76,7 +76,7 @@ def load_backbone(source: str | Path, *, network: str | None = None, **config_kw
             raise UserError(f"{source} holds the shards of a distributed checkpoint: merge them with '{merge}'.")
         if _repository_file(source, "adapter_config.json") is not None:
             raise UserError(f"{source} is a PEFT adapter: save the network with peft's merge_and_unload() instead.")
-        config = _read_config(source)
+        config = read_config(source)
         kind, architecture = config.get("model_type"), str(config.get("architecture"))
         if network is not None:
             raise UserError(f"{source} holds one network, not a teacher and a student: leave out {network}.")
@@ -154,7 +154,7 @@ def load_image_processor(source: str | Path, model: WSDinoPreTrainedModel | None
     default = WSDinoImageProcessor(**({"tile_size": model.config.image_size} if model is not None else {}))
     if Path(source).is_file():
         return default
-    own_layout = _read_config(source).get("model_type") == "wsdino"
+    own_layout = read_config(source).get("model_type") == "wsdino"
     file = "preprocessor_config.json"
     try:
         own = WSDinoImageProcessor.get_image_processor_dict(source)[0]
@@ -174,7 +174,7 @@ def load_image_processor(source: str | Path, model: WSDinoPreTrainedModel | None
     return default
 
 
-def _read_config(source: str | Path) -> dict:
+def read_config(source: str | Path) -> dict:
     """The config.json of a folder or Hub repository."""
     path = _repository_file(source, "config.json")
     if path is None:

@@ -14,7 +14,10 @@ ROOF = ("train_accelerate", "extract_profiles", "push_to_hub", "pretrain_simulat
 # model files and the metric, must not import the ground floor.
 ALLOWED = {
     "wsdino": {"torch", "accelerate", "filelock", "transformers"},
-    "modeling_wsdino": {"torch", "numpy", "PIL", "transformers", "safetensors", "huggingface_hub", "wsdino"},
+    "modeling_wsdino": {
+        *("torch", "numpy", "PIL", "transformers", "safetensors", "huggingface_hub", "wsdino"),
+        *("onnxruntime", "timm"),
+    },
     "pretraining_wsdino": {"wsdino", "torch", "numpy", "accelerate", "tqdm"},
     "dataset_scripts": {
         *(
