@@ -156,18 +156,22 @@ class EncoderExtractor(Extractor):
         self.encoder, self.stacked = encoder, list(stacked)
 
     def describe(self) -> dict:
+        """The row's card: weights, revision, and how planes become input."""
         return self.encoder.describe() | {"stacked": self.stacked}
 
     def planes(self, fields: Fields, channel: str, rows: Sequence[int] | None = None) -> Sequence[np.ndarray]:
+        """Planes as `(channels, height, width)`."""
         return StackedPlanes([Planes(fields, name, rows) for name in self.stacked or [channel]])
 
     def check(self, planes: Sequence[np.ndarray], device: str) -> None:
+        """Refuse planes that the encoder cannot take."""
         try:
             next(self.stream([planes.like], device))
         except ValueError as error:
             raise UserError(f"The dataset's fields do not suit the model: {error}.") from error
 
     def stream(self, *args: Any) -> Iterator[np.ndarray]:
+        """One float32 vector per field, in order."""
         return self.encoder.stream(*args)
 
 
