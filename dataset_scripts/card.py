@@ -33,7 +33,7 @@ CITATION = """\
 }
 """
 
-COUNTED = ["treatment", "compound", "moa", "plate", "batch"]
+COUNTED = ["treatment", "compound", "moa", "plate", "batch", "quality"]
 
 
 def count_fields(output: Path, records: list[dict], fields_named: int, plates_named: int) -> dict:
@@ -52,12 +52,15 @@ def count_fields(output: Path, records: list[dict], fields_named: int, plates_na
     -------
     dict
         `fields` (part -> number, and "all"); numbers of annotated `treatments`, `compounds` and `moas`; `plates`,
-        `batches`; `plates_named`, `fields_named`, `fields_absent` and `fields_incomplete`, which lack a channel.
+        `batches`; `plates_named`, `fields_named`, `fields_absent`, `fields_incomplete` (which lack a channel),
+        `fields_flawed` and `fields_dropped`; `flaws` (such as "dna: noise" -> number of fields).
     """
     files = [(part, shard["path"]) for record in records for part, shard in record["shards"].items()]
     fields = pd.concat([pd.read_parquet(output / name, columns=COUNTED).assign(part=part) for part, name in files])
     rows = {part: int((fields["part"] == part).sum()) for part in PARTS}
     annotated = fields[fields["part"] == "annotated"]
+    dropped = [field["quality"] for record in records for field in record["dropped"]]
+    flaws = pd.Series([*fields["quality"], *dropped], dtype=str).str.split("; ").explode()
     return {
         "fields": {**rows, "all": len(fields)},
         "treatments": annotated["treatment"].nunique(),
@@ -67,8 +70,11 @@ def count_fields(output: Path, records: list[dict], fields_named: int, plates_na
         "batches": fields["batch"].nunique(),
         "plates_named": plates_named,
         "fields_named": fields_named,
-        "fields_absent": fields_named - len(fields),
+        "fields_absent": fields_named - len(fields) - len(dropped),
         "fields_incomplete": sum(record["fields_incomplete"] for record in records),
+        "fields_flawed": sum(record["fields_flawed"] for record in records),
+        "fields_dropped": len(dropped),
+        "flaws": {flaw: int(count) for flaw, count in flaws[flaws != ""].value_counts().sort_index().items()},
     }
 
 
@@ -149,6 +155,11 @@ def build_summary(
             f"of the {counts['fields_named']:,} fields in {table}, {counts['fields_absent']:,} are absent and "
             f"{counts['fields_incomplete']:,} lack a channel (null image)"
         )
+    if counts["fields_flawed"]:
+        kinds = ", ".join(f"{flaw} ({count:,})" for flaw, count in counts["flaws"].items())
+        dropped = counts["fields_dropped"]
+        fate = f"{dropped:,} were dropped, see build.json" if dropped else "leave them out with --drop_bad"
+        yield f"{counts['fields_flawed']:,} fields have flaws (column quality): {kinds}; {fate}"
     named = [(record, channel) for record in records for channel in recipe["channels"]]
     uncorrected = [f"{record['plate']} {channel}" for record, channel in named if channel not in record["functions"]]
     if uncorrected and recipe["preprocessing"]["illumination"]:

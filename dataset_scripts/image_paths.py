@@ -134,13 +134,13 @@ def find_images(
         pairs = zip(fields[f"{channel}_file"], fields["plate"], strict=True)
         fields[f"{channel}_path"] = [str(finder.find(file, plate) or "") if file else "" for file, plate in pairs]
     paths = fields[[f"{channel}_path" for channel in channels]]
-    found = paths.stack()
-    twice = found[(found != "") & found.duplicated(keep=False)]
+    found = paths.stack().rename("path").reset_index().drop_duplicates(["level_0", "path"])
+    twice = found[(found["path"] != "") & found["path"].duplicated(keep=False)]
     if len(twice):
-        (one, _), (two, _) = twice.index[twice == twice.iloc[0]][:2]
+        one, two = twice["level_0"][twice["path"] == twice["path"].iloc[0]][:2]
         raise UserError(
             f"{fields.loc[one, 'table']}: lines {fields.loc[one, 'row']} and {fields.loc[two, 'row']} both lead to "
-            f"{twice.iloc[0]}: keep the folders that the table names"
+            f"{twice['path'].iloc[0]}: keep the folders that the table names"
         )
     absent = paths == ""
     if absent.to_numpy().any() and not allow_missing:

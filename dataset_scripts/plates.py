@@ -20,6 +20,7 @@ from wsdino.files import digest, written_whole
 from .illumination import FULL_SCALE, correct_plane, illumination_function, illumination_levels
 from .images import read_plane
 from .png import encode_png, make_preview
+from .quality import MEASURES, flaws, measure_plane
 from .screen import PARTS
 
 ROWS_PER_GROUP = 32
@@ -47,6 +48,12 @@ class Preprocessing:
         dividing by it would erase them.
     bits : int
         16 or 8: what the raw images must be. 8-bit images stay 8-bit.
+    z : str or None
+        What becomes of planes of different focus: "max", "mean" or a plane's number.
+    scale : float or None
+        Multiplies every raw value, which is then rounded.
+    drop_bad : bool
+        Leave out fields with a flaw (see `dataset_scripts.quality`).
     """
 
     illumination: bool = True
@@ -56,6 +63,9 @@ class Preprocessing:
     interpolation: str = "spline"
     minimum_images: int = 8
     bits: int = 16
+    z: str | None = None
+    scale: float | None = None
+    drop_bad: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,6 +112,8 @@ def screen_features(channels: list[str]):
     features |= dict.fromkeys(["site", "replicate"], number)
     features |= dict.fromkeys(["source", *(f"{channel}_file" for channel in channels)], text)
     features |= dict.fromkeys(["table_number", "image_number"], number)
+    measures = [f"quality_{channel}_{measure}" for channel in channels for measure in MEASURES]
+    features |= dict.fromkeys([*measures, "quality_alike"], datasets.Value("float32")) | {"quality": text}
     return datasets.Features(features)
 
 
@@ -136,10 +148,10 @@ def build_plate(plate: Plate, output: Path) -> dict:
     paths = plate.fields[[f"{channel}_path" for channel in plate.channels]]
     size = plate.image_size
     if size is None:
-        size = read_plane(Path(paths.to_numpy()[paths.to_numpy() != ""][0]), plate.preprocessing.bits).shape
+        size = image_size(plate.fields, plate.channels, plate.preprocessing)
     levels = plate_levels(plate, size) if plate.preprocessing.illumination else {}
     functions = {channel: illumination_function(level) for channel, level in levels.items()}
-    saved, shards, rows = {}, {}, {}
+    saved, shards, rows, flawed, dropped = {}, {}, {}, 0, []
     for channel, level in levels.items():
         name = illumination_name(plate.name, channel)
         with written_whole(output / name) as partial:
@@ -150,22 +162,32 @@ def build_plate(plate: Plate, output: Path) -> dict:
         chosen = plate.fields[plate.fields["part"] == part]
         if chosen.empty:
             continue
-        name, rows[part], waiting = f"data/{part}/{plate.name}.parquet", len(chosen), []
+        name, waiting, written = f"data/{part}/{plate.name}.parquet", [], 0
         with written_whole(output / name) as partial:
             with pq.ParquetWriter(partial, schema, compression="none") as writer:  # PNGs are compressed
                 for row in plate_rows(plate, chosen, functions, size):
+                    flawed += bool(row["quality"])
+                    if row["quality"] and plate.preprocessing.drop_bad:
+                        dropped.append({key: row[key] for key in ("well", "site", "quality")})
+                        continue
                     waiting.append(row)
+                    written += 1
                     if len(waiting) == ROWS_PER_GROUP:
                         writer.write_table(pa.Table.from_pylist(waiting, schema=schema))
                         waiting = []
                 if waiting:
                     writer.write_table(pa.Table.from_pylist(waiting, schema=schema))
-        shards[part] = _file_record(output, name)
+        if written:
+            shards[part], rows[part] = _file_record(output, name), written
+        else:
+            (output / name).unlink()
     return {
         "plate": plate.name,
         "image_size": [int(side) for side in size],
         "rows": rows,
         "fields_incomplete": int((paths == "").any(axis=1).sum()),
+        "fields_flawed": flawed,
+        "dropped": dropped,
         "shards": shards,
         "functions": saved,
     }
@@ -190,7 +212,7 @@ def plate_levels(plate: Plate, size: tuple[int, int]) -> dict[str, np.ndarray]:
         total, count = np.zeros(size, np.uint32), 0
         for record in plate.fields.to_dict("records"):
             if record[f"{channel}_path"]:
-                total += _raw_plane(record, channel, steps.bits, size)
+                total += _raw_plane(record, channel, steps, size)
                 count += 1
         if count >= steps.minimum_images:
             # On the scale of 16 bits also for 8: the levels are whole numbers, and 256 of them would be steps.
@@ -216,13 +238,16 @@ def plate_rows(
     """
     steps = plate.preprocessing
     for record in fields.to_dict("records"):
+        raw = {c: _raw_plane(record, c, steps, size) for c in plate.channels if record[f"{c}_path"]}
+        measured = {channel: measure_plane(plane) for channel, plane in raw.items()}
         planes, row = [], {}
+        row["quality"], row["quality_alike"] = flaws(measured, raw)
         for channel in plate.channels:
             plane = None
-            if record[f"{channel}_path"]:
-                plane = _raw_plane(record, channel, steps.bits, size)
-                plane = correct_plane(plane, functions.get(channel), steps.resize, steps.interpolation)
+            if channel in raw:
+                plane = correct_plane(raw[channel], functions.get(channel), steps.resize, steps.interpolation)
             planes.append(plane)
+            row |= {f"quality_{channel}_{name}": measured.get(channel, {}).get(name) for name in MEASURES}
             name = f"{record['plate']}_{record['well']}_s{record['site']}_{channel}.png"
             row[channel] = None if plane is None else {"bytes": encode_png(plane), "path": name}
         row["preview"] = {"bytes": make_preview(planes), "path": None}
@@ -235,9 +260,25 @@ def levels_digest(levels: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(levels, "<u2").tobytes()).hexdigest()
 
 
-def _raw_plane(record: dict, channel: str, bits: int, size: tuple[int, int]) -> np.ndarray:
+def image_size(fields: pd.DataFrame, channels: list[str], steps: Preprocessing) -> tuple[int, int]:
+    """Rows and columns of the first image of located fields."""
+    record = fields.iloc[0].to_dict()
+    return _raw_plane(record, next(channel for channel in channels if record[f"{channel}_path"]), steps).shape
+
+
+def _raw_plane(record: dict, channel: str, steps: Preprocessing, size: tuple[int, int] | None = None) -> np.ndarray:
     where = f" (line {record['row']} of {record['table']}: plate {record['plate']}, well {record['well']})"
-    return read_plane(Path(record[f"{channel}_path"]), bits, size, where)
+    page = record[f"{channel}_page"]
+    return read_plane(
+        Path(record[f"{channel}_path"]),
+        steps.bits,
+        size,
+        where,
+        page=None if page < 0 else page,
+        pages=record[f"{channel}_pages"],
+        z=steps.z,
+        scale=steps.scale,
+    )
 
 
 def _file_record(output: Path, name: str) -> dict:

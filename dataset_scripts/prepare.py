@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 import sys
-from dataclasses import MISSING, asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,9 +31,11 @@ from .card import build_summary, count_fields, dataset_card
 from .dataset_folder import DatasetFolder
 from .download import Downloader
 from .image_paths import find_images
-from .images import read_plane
-from .plates import Plate, Preprocessing, illumination_name, natural_key, screen_features
+from .images import Z_RULES
+from .plates import Plate, Preprocessing, illumination_name, image_size, natural_key, screen_features
 from .screen import ScreenColumns, read_screen
+
+ADDED_SETTINGS = ("z", "scale", "drop_bad")
 
 
 @dataclass
@@ -56,6 +58,9 @@ class PrepareSettings:
         "spline", "Cubic of the resizing: as scikit-image since 0.19 (spline) or before (bicubic)."
     )
     bits: Literal[8, 16] = setting(16, "Depth of the raw images, which the dataset keeps.")
+    z: str | None = setting(None, "Of planes of different focus in one file: max, mean, or a plane's number.")
+    scale: float | None = setting(None, "Factor of every raw value, which is then rounded: 65535 for 0 to 1.", above=0)
+    drop_bad: bool = setting(False, "Leave out fields of noise, of one value, saturated, or with a channel twice.")
     plates: list[str] | None = setting(None, "Build only these plates.")
     download: bool = setting(False, "Fetch plate archives to --raw first, and the tables unless given or there.")
     base_url: str = setting(BBBC021_URL, "Folder of the archives and tables.")
@@ -100,6 +105,8 @@ def build_dataset(
     check_bounds(steps)
     if steps.plates is not None and not steps.plates:
         raise UserError("--plates names none: name at least one, or leave it out for all.")
+    if steps.z is not None and steps.z not in Z_RULES and not steps.z.isdecimal():
+        raise UserError(f"--z is {steps.z!r}: use max, mean, or the number of a plane, from 0.")
     if not isinstance(columns, ScreenColumns):
         columns = ScreenColumns.from_json(columns) if columns else ScreenColumns()
     _check_channels(columns.channels)
@@ -122,10 +129,12 @@ def build_dataset(
 
     channels, plates_named = list(columns.channels), everything["plate"].nunique()
     preprocessing = Preprocessing(
-        steps.illumination, steps.filter_size, steps.border, steps.resize, steps.interpolation, bits=steps.bits
+        **{each.name: getattr(steps, each.name) for each in fields(Preprocessing) if each.name != "minimum_images"}
     )
+    # What was added to the settings since is left out where it has no effect: earlier builds go on.
+    used = {name: value for name, value in asdict(preprocessing).items() if value or name not in ADDED_SETTINGS}
     recipe = {
-        "preprocessing": asdict(preprocessing),
+        "preprocessing": used,
         "channels": channels,
         "source": steps.source or default_source(raw, columns),
     }
@@ -139,8 +148,7 @@ def build_dataset(
         if shortened:
             file, path = next(iter(shortened.items()))
             say(f"{len(shortened):,} images were found by the end of their path, such as {path} for {file}")
-        first = next(path for channel in channels if (path := chosen.loc[0, f"{channel}_path"]))
-        size = read_plane(Path(first), steps.bits).shape
+        size = image_size(chosen, channels, preprocessing)
     plates = [
         Plate(name, rows.reset_index(drop=True), channels, preprocessing, recipe["source"], size)
         for name, rows in sorted(chosen.groupby("plate"), key=lambda pair: natural_key(pair[0]))
@@ -178,7 +186,7 @@ def build_dataset(
                 workers = worker_count(steps.workers, todo)
                 build_plates(todo, folder.path, done, workers, archives, locate, progress)
         ordered = [records[plate.name] for plate in plates if plate.name in records]
-        _check_sizes(ordered)
+        _check_records(ordered)
         folder.finish(ordered)
         counts = count_fields(folder.path, ordered, len(named), plates_named)
         write_text(folder.path / "README.md", dataset_card(recipe, columns.control, ordered, counts))
@@ -204,7 +212,10 @@ def _check_illumination_names(plates: list[Plate]) -> None:
         )
 
 
-def _check_sizes(records: list[dict]) -> None:
+def _check_records(records: list[dict]) -> None:
+    """Refuse plates of different image sizes, and plates without any field."""
+    if not any(record["rows"] for record in records):
+        raise UserError("--drop_bad leaves no field: every one has a flaw; build without it to see which")
     sizes = {tuple(record["image_size"]): record["plate"] for record in records}
     if len(sizes) > 1:
         (one, here), (two, there) = list(sizes.items())[:2]

@@ -31,7 +31,9 @@ class ScreenColumns:
     Attributes
     ----------
     channels : dict
-        Channel name -> (column of the file name, column of the folder or None). The order is kept; 1 to N channels.
+        Channel name -> (column of the file name, column of the folder or None), or three values with the number of
+        the plane in a file that holds several, from 0. Channels of a row that share a file without such numbers are
+        its planes in their order. The order is kept; 1 to N channels.
     plate, well, compound, concentration : str
         Column names.
     site, replicate : str or None
@@ -50,7 +52,7 @@ class ScreenColumns:
         Columns of compound, concentration and mechanism in the MOA table.
     """
 
-    channels: dict[str, tuple[str, str | None]] = field(
+    channels: dict[str, tuple[str, str | None] | tuple[str, str | None, int | None]] = field(
         default_factory=lambda: {
             "dna": ("Image_FileName_DAPI", "Image_PathName_DAPI"),
             "tubulin": ("Image_FileName_Tubulin", "Image_PathName_Tubulin"),
@@ -74,7 +76,9 @@ class ScreenColumns:
 
     @classmethod
     def from_json(cls, path: str | Path) -> ScreenColumns:
-        """Read a mapping from a JSON object with these names; each channel is a file column or [file, folder].
+        """Read a mapping from a JSON object with these names.
+
+        Each channel is a file column, [file, folder], or an object with `file`, `folder` and `page`.
 
         Raises
         ------
@@ -86,10 +90,12 @@ class ScreenColumns:
         channels, names = content["channels"], content.get("moa_table", cls.moa_table)
         if not isinstance(channels, dict) or not channels:
             raise UserError(f"{path}: 'channels' is {channels!r}: give every channel its column, {see}")
-        pairs = {name: tuple(each) if isinstance(each, list) else (each, None) for name, each in channels.items()}
-        for name, pair in pairs.items():
-            if len(pair) != 2 or not isinstance(pair[0], str) or not isinstance(pair[1], str | None):
-                raise UserError(f"{path}: channel {name!r} needs a file column, or a pair of file and folder column")
+        pairs = {name: _channel(each) for name, each in channels.items()}
+        if wrong := [name for name, pair in pairs.items() if pair is None]:
+            raise UserError(
+                f"{path}: channel {wrong[0]!r} needs a file column, a pair of file and folder column, or an object "
+                "with file, folder and page"
+            )
         if not isinstance(names, list | tuple) or len(names) != 3 or not all(isinstance(name, str) for name in names):
             raise UserError(
                 f"{path}: 'moa_table' is {names!r}: name three columns: compound, concentration, mechanism"
@@ -106,7 +112,21 @@ class ScreenColumns:
         """The columns that the image table must have."""
         wanted = [self.plate, self.well, self.compound, self.concentration]
         wanted += [c for c in (self.site, self.replicate, self.moa, self.batch) if c]
-        return wanted + [c for pair in self.channels.values() for c in pair if c]
+        return wanted + [c for pair in self.channels.values() for c in pair[:2] if c]
+
+
+def _channel(each: object) -> tuple | None:
+    """A channel of a column mapping as (file, folder) or (file, folder, page); None for anything else."""
+    if isinstance(each, dict) and set(each) <= {"file", "folder", "page"}:
+        found = (each.get("file"), each.get("folder"), each.get("page"))
+    elif isinstance(each, list) and len(each) == 2:
+        found = (*each, None)
+    else:
+        found = (each, None, None)
+    kinds = isinstance(found[0], str), isinstance(found[1], str | None), isinstance(found[2], int | None)
+    if not all(kinds) or (found[2] or 0) < 0:
+        return None
+    return found[:2] if found[2] is None else found
 
 
 def treatment_name(compound: str, concentration: float) -> str:
@@ -138,7 +158,8 @@ def read_screen(
     pandas.DataFrame
         One row per field, in the order of the table: `row` (its line in the CSV, the header being line 1), `table`
         (its file), `plate, well, site, replicate, batch, compound, concentration, treatment, moa, part, table_number,
-        image_number` and one `<channel>_file` (folder/name, with forward slashes) per channel. `part` is "dmso" for
+        image_number` and, per channel, `<channel>_file` (folder/name, with forward slashes) and
+        `<channel>_page` and `<channel>_pages` (see `_number_pages`). `part` is "dmso" for
         the control, "annotated" where a mechanism is known, else "unannotated" (moa "").
 
     Raises
@@ -170,10 +191,12 @@ def read_screen(
         columns.concentration, rules.table[columns.concentration].mask(control, "0")
     )
     rules.refuse(fields["concentration"] < 0, f"column {columns.concentration!r} is negative: correct the table")
-    for channel, (file_column, folder_column) in columns.channels.items():
-        fields[f"{channel}_file"] = _file_paths(rules, channel, file_column, folder_column)
-    named = pd.concat([fields[f"{channel}_file"] for channel in columns.channels])
-    rules.unique(named[named != ""], "name the same file {}: correct the table".format)
+    for channel, pair in columns.channels.items():
+        fields[f"{channel}_file"] = _file_paths(rules, channel, *pair[:2])
+    _number_pages(fields, columns)
+    named = [fields[f"{channel}_file"].rename("file").reset_index() for channel in columns.channels]
+    files = pd.concat(named).drop_duplicates().set_index("index")["file"]
+    rules.unique(files[files != ""], "name the same file {}: correct the table".format)
 
     if columns.site:
         fields["site"] = rules.whole(columns.site)
@@ -236,6 +259,20 @@ def read_mechanisms(moa_csv: str | Path, columns: ScreenColumns | None = None) -
     known = pd.DataFrame({"treatment": treatments, "moa": rules.text(moa, none=NO_MECHANISM)})
     rules.one_value(known, ["treatment"], "moa", "{treatment!r}", "keep one")
     return dict(zip(known["treatment"], known["moa"], strict=True))
+
+
+def _number_pages(fields: pd.DataFrame, columns: ScreenColumns) -> None:
+    """Add `<channel>_page`, the plane's number in its file (-1 in a file of one plane), and `<channel>_pages`.
+
+    The latter is how many planes the file must hold where the order of the channels stands for their numbers, else 0.
+    """
+    files = {channel: fields[f"{channel}_file"] for channel in columns.channels}
+    for number, (channel, pair) in enumerate(columns.channels.items()):
+        same = [(files[other] == files[channel]).astype(int) for other in files]
+        shared = (sum(same) > 1) & (files[channel] != "")
+        page = pair[2] if len(pair) > 2 else None
+        fields[f"{channel}_page"] = np.where(shared, sum(same[:number]), -1) if page is None else page
+        fields[f"{channel}_pages"] = np.where(shared, sum(same), 0) if page is None else 0
 
 
 def _file_paths(rules: TableRules, channel: str, file_column: str, folder_column: str | None) -> pd.Series:

@@ -33,6 +33,7 @@ ALLOWED = {
             "skimage",
             "tqdm",
             "threadpoolctl",
+            "tifffile",
         )
     },
     "evaluation_wsdino": {

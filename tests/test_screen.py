@@ -73,7 +73,6 @@ def replace_in(path, old, new):
         (0, ",DMSO,0", ",,0", "image.csv, line 4: .*Compound'"),
         (0, "G10_s1_w10001", "G10_x1_w10001", "image.csv, line 2: .*site"),
         (0, "G10_s2_w20002", "G10_s1_w20001", "image.csv: lines 2 and 3 .*G10_s1_w20001"),
-        (0, "G10_s1_w20001", "G10_s1_w10001", "image.csv: lines 2 and 2 .*G10_s1_w10001"),
         (1, "0.300000", "0.310000", "moa.csv: .*'taxol_0.31'"),
         (1, '"DMSO",0.0,"DMSO"', '"taxol",0.3,"Other"', "moa.csv, line 3: 'taxol_0.3' .*'Other'"),
         (0, HEADER, "", "image.csv"),
@@ -256,10 +255,14 @@ def test_bad_column_mappings(tmp_path, content, named):
 
 
 def test_a_mapping_is_read_as_it_stands(tmp_path):
-    content = '{"channels": {"dna": "F", "er": ["G", "H"]}, "site": null, "moa_table": ["a", "b", "c"], "plate": "P"}'
+    channels = '{"dna": "F", "er": ["G", "H"], "rna": {"file": "I", "page": 2}}'
+    content = f'{{"channels": {channels}, "site": null, "moa_table": ["a", "b", "c"], "plate": "P"}}'
     (tmp_path / "columns.json").write_text(content)
     expected = ScreenColumns(
-        channels={"dna": ("F", None), "er": ("G", "H")}, site=None, moa_table=("a", "b", "c"), plate="P"
+        channels={"dna": ("F", None), "er": ("G", "H"), "rna": ("I", None, 2)},
+        site=None,
+        moa_table=("a", "b", "c"),
+        plate="P",
     )
     assert ScreenColumns.from_json(tmp_path / "columns.json") == expected
 
