@@ -217,8 +217,7 @@ def screens(draw):
         "metric": draw(st.sampled_from(["cosine", "correlation", "euclidean"])),
         "k": draw(st.integers(1, 3)),
         "batch_rule": draw(st.sampled_from(["median", "joined", "disjoint"])),
-        "exclude": draw(st.sampled_from(["single_batch", "unanswerable", "none"])),
-        "invalid": draw(st.sampled_from(["error", "wrong", "exclude"])),
+        "invalid": draw(st.sampled_from(["error", "wrong"])),
     }
     return np.array(vectors, dtype=float), *labels, options
 
