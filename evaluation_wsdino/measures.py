@@ -77,7 +77,9 @@ def mechanism_precision(treatments: pd.DataFrame, separator: str | None = None) 
     """
     moa, compound = (treatments[f"Metadata_{name}"].to_numpy(str) for name in ("MOA", "Compound"))
     own = [{name.strip() for name in names.split(separator)} if separator else {names} for names in moa]
-    same = np.array([[not one.isdisjoint(other) for other in own] for one in own], dtype=bool).reshape(-1, len(own))
+    same = np.array([[not one.isdisjoint(other) for other in own] for one in own], dtype=bool).reshape(
+        len(own), len(own)
+    )
     found = average_precisions(features_of(treatments), same & (compound[:, None] != compound), ~same)
     return pd.Series(found, treatments["Metadata_Treatment"], name="moa_map").dropna()
 
