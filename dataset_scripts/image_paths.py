@@ -8,7 +8,15 @@ import pandas as pd
 
 from wsdino.errors import UserError
 
+# A plane of a file with several, `field.ome.tif#2` or `plate.zarr/A/1/0/0#2`: its page, counted from 0.
+PAGE = re.compile(r"(.+\.tiff?|.+\.zarr/.+)#(\d+)", re.IGNORECASE)
 GUID = re.compile(r"[0-9A-F]{8}-([0-9A-F]{4}-){3}[0-9A-F]{12}", re.IGNORECASE)
+
+
+def file_and_page(path: str) -> tuple[str, int | None]:
+    """The file that a path names, and its page where the path names one."""
+    match = PAGE.fullmatch(path) if "#" in path else None
+    return (match[1], int(match[2])) if match else (path, None)
 
 
 def portable_path(text: str) -> str:
@@ -61,6 +69,10 @@ class ImageFinder:
             A portable path.
         plate : str
         """
+        inside, page = file_and_page(file)
+        if page is not None:
+            found = self.find(inside, plate)
+            return found and found.with_name(f"{found.name}#{page}")
         folder, _, name = file.rpartition("/")
         if (folder, plate) not in self._tails:
             self._tails[folder, plate] = list(self._possible(folder, plate))
@@ -131,7 +143,7 @@ def find_images(
     """
     finder, fields = ImageFinder(raw, several_plates), fields.copy()
     for channel in channels:
-        pairs = zip(fields[f"{channel}_file"], fields["plate"], strict=True)
+        pairs = zip(fields[f"{channel}_file"].tolist(), fields["plate"].tolist(), strict=True)
         fields[f"{channel}_path"] = [str(finder.find(file, plate) or "") if file else "" for file, plate in pairs]
     paths = fields[[f"{channel}_path" for channel in channels]]
     found = paths.stack().rename("path").reset_index().drop_duplicates(["level_0", "path"])

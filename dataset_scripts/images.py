@@ -55,13 +55,13 @@ def read_image(
         holds several planes of which none is chosen.
     """
     try:
-        plane, mode = _read_pillow(source)
+        plane, mode = _read_zarr(source, page or 0) if ".zarr/" in str(source) else _read_pillow(source)
         if plane is None and _is_tiff(source):
             stack = _read_tiff(source)
             plane, mode = _choose(stack, name, page, pages, z), str(stack.dtype)
         elif plane is None:
             raise UserError(f"{name} is not one grey channel (mode {mode}): give one file per channel")
-        elif page or pages > 1:
+        elif mode != "zarr" and (page or pages > 1):
             raise UserError(f"{name} holds one plane, and page {page} is asked for (from 0)")
     except UserError:
         raise
@@ -80,6 +80,18 @@ def read_image(
             ) from error
         raise UserError(f"{name} is truncated or not an image ({first_line(error)}): fetch it again") from error
     return plane.astype(plane.dtype.newbyteorder("="), copy=False), mode
+
+
+def _read_zarr(source: str | Path, page: int) -> tuple[np.ndarray, str]:
+    """A plane of a Zarr array, whose axes before the last two are run through in order."""
+    try:
+        import zarr
+    except ImportError as error:
+        raise UserError(f"{source} needs the package zarr: pip install wsdino[ome]") from error
+    array = zarr.open_array(str(source), mode="r")
+    if array.shape[-1] * array.shape[-2] > MAX_PIXELS:
+        raise OverflowError
+    return np.asarray(array[np.unravel_index(page, array.shape[:-2])]), "zarr"
 
 
 def _read_pillow(source: str | Path | BinaryIO) -> tuple[np.ndarray | None, str]:

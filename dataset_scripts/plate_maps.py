@@ -31,6 +31,7 @@ ROLES = {
     "moa": ("moa|mechanism|mechanismofaction", "pathway"),
     "kind": ("controltype", "perttype|welltype|role"),
 }
+SUFFIXES = (".csv", ".tsv", ".txt", ".xlsx", ".parquet", ".gz")
 NEGATIVE = re.compile(r"neg(ative)?[\s_-]*(con|ctrl|control)?s?|vehicle|vehicle[\s_-]*control", re.IGNORECASE)
 
 
@@ -55,29 +56,33 @@ def with_wells(table: pd.DataFrame, notes: list[str]) -> tuple[pd.DataFrame, dic
         row = over_distinct(table[known["row"]], lambda text: row_letters(int(text)) if text.isdecimal() else text)
         table, known["well"] = table.assign(well=row + table[known["column"]]), "well"
     if "well" in known:
-        wells = over_distinct(table[known["well"]], well_name)
-        if len(changed := table[known["well"]][wells != table[known["well"]]]):
+        given = table[known["well"]]
+        table = table.assign(**{known["well"]: over_distinct(given, well_name)})
+        if len(changed := given[table[known["well"]] != given]):
             notes.append(
-                f"{len(changed):,} wells are written otherwise: {changed.iloc[0]!r} is {well_name(changed.iloc[0])}"
+                f"{len(changed):,} wells are read as A01: {changed.iloc[0]!r} is {well_name(changed.iloc[0])}"
             )
-        table = table.assign(**{known["well"]: wells})
     return table, known
 
 
-def join_plate_maps(images: pd.DataFrame, paths: Iterable[str | Path], notes: list[str],
+def join_plate_maps(images: pd.DataFrame, keys: tuple[str, str], paths: Iterable[str | Path], notes: list[str],
                     encoding: str | None = None) -> pd.DataFrame:  # fmt: skip
     """Give every image row the columns that the plate maps hold of its well.
 
     Parameters
     ----------
     images : pandas.DataFrame
-        As text, with a column of the plate and one of the well.
+        As text.
+    keys : (str, str)
+        Its columns of the plate and of the well.
     paths : paths
         Plate maps: tables by plate and well; by well, for every plate or for the one that the file is named after; or
         by well, with a barcode map (a table that names the map of each plate) among the paths. A folder stands for
         all tables below it.
     notes : list of str
         Receives what was joined, and how many rows of either side found no partner.
+    encoding : str, optional
+        Of text tables that are not UTF-8.
 
     Returns
     -------
@@ -87,79 +92,78 @@ def join_plate_maps(images: pd.DataFrame, paths: Iterable[str | Path], notes: li
     Raises
     ------
     UserError
-        A map names no wells, no plate or two contents of one well; or nothing fits.
+        A map names no wells, or two contents of one well; or nothing fits.
     """
-    files = [each for path in map(Path, paths) for each in (_tables_below(path) if path.is_dir() else [path])]
-    images, own = with_wells(images, notes)
-    if not {"plate", "well"} <= set(own):
-        raise UserError(
-            "The image table names no plate and well, so no plate map can be joined: see docs/your_screen.md."
-        )
-    maps, barcodes = [], None
-    for path in files:
-        table, known = with_wells(read_tables(path, "plate map", notes, encoding), notes)
-        if "well" in known:
-            maps.append((path, table, known))
-        elif {"plate", "map"} <= set(known):
-            plain = table[[known["plate"], known["map"]]].set_axis(["plate", "map"], axis=1)
-            barcodes = pd.concat([barcodes, plain])
-        else:
+    for key in keys:
+        if key not in images:
             raise UserError(
-                f"Plate map {path} has no column of wells (its columns are {', '.join(table.columns[:-2])})."
+                f"The image table has no column {key!r}, by which a plate map is joined: name it in --columns."
             )
-    plates = set(images[own["plate"]])
-    parts = []
-    for path, table, known in maps:
-        content = table.rename(columns={known["well"]: "_well"})
-        stem = re.sub(r"\.(gz|csv|tsv|txt|xlsx|parquet)", "", path.name, flags=re.IGNORECASE)
-        if "plate" in known and set(table[known["plate"]]) & plates:
-            parts.append(content.rename(columns={known["plate"]: "_plate"}))
-            continue
-        if barcodes is not None:
-            key = content[known["map"]] if "map" in known and "plate" not in known else stem
-            content = content.assign(_map=key).merge(barcodes.drop_duplicates(), left_on="_map", right_on="map")
-            parts.append(content.rename(columns={"plate": "_plate"}).drop(columns=["_map", "map"]))
-        elif "plate" in known:
-            parts.append(content.rename(columns={known["plate"]: "_plate"}))
-        elif len(maps) == 1:
-            notes.append(f"{path} names no plate and is taken for all {len(plates)} plates")
-            parts.append(content.merge(pd.DataFrame({"_plate": sorted(plates)}), how="cross"))
-        else:
-            parts.append(content.assign(_plate=next((plate for plate in plates if plate == stem), stem)))
-    if not parts:
-        raise UserError(f"No plate map is among {', '.join(map(str, files[:3])) or 'the folders given'}: name one.")
-    whole = pd.concat(parts, ignore_index=True).fillna("")
-    keys, facts = ["_plate", "_well"], [c for c in whole.columns if c not in (FILE, LINE, "_plate", "_well")]
-    distinct = whole.drop_duplicates([*keys, *facts])
-    if len(twice := distinct[distinct.duplicated(keys)]):
+    images = images.assign(_plate=images[keys[0]].str.strip(), _well=over_distinct(images[keys[1]], well_name))
+    whole = _by_plate_and_well(paths, sorted(set(images["_plate"])), notes, encoding)
+    facts = [name for name in whole.columns if name not in (FILE, LINE, "_plate", "_well")]
+    distinct = whole.drop_duplicates(["_plate", "_well", *facts])
+    if len(twice := distinct[distinct.duplicated(["_plate", "_well"])]):
         row = twice.iloc[0]
         raise UserError(
-            f"{row[FILE]}, line {row[LINE]}: well {row['_well']} of plate {row['_plate']} holds something else above"
+            f"{row[FILE]}, line {row[LINE]}: well {row['_well']} of plate {row['_plate']} holds something else above: "
+            "keep one"
         )
-    facts = [fact for fact in facts if fact not in images]
-    right = distinct[[*keys, *facts]].assign(_partner=True)
-    joined = images.merge(right, how="left", left_on=[own["plate"], own["well"]], right_on=keys)
-    alone = joined["_partner"].isna()
-    wells = set(zip(images[own["plate"]], images[own["well"]], strict=True))
-    idle = [pair for pair in zip(distinct["_plate"], distinct["_well"], strict=True) if pair not in wells]
-    if alone.all():
-        image, line = images.iloc[0], distinct.iloc[0] if len(distinct) else None
-        other = (
-            "no plate that the barcode map names" if line is None else f"plate {line['_plate']}, well {line['_well']}"
-        )
-        raise UserError(
-            f"The plate map fits no image: the first image is of plate {image[own['plate']]}, well "
-            f"{image[own['well']]}, and the first line of {files[0]} of {other}."
-        )
-    said = f"plate map: {(~alone).sum():,} of {len(joined):,} image rows joined"
-    if alone.any():
-        first = joined[alone].iloc[0]
-        said += f"; {alone.sum():,} are not in it, left out (first: {first[own['plate']]} {first[own['well']]})"
-    notes.append(said + (f"; {len(idle):,} of its lines have no image (first: {' '.join(idle[0])})" if idle else ""))
-    return joined[~alone].drop(columns=[*keys, "_partner"]).reset_index(drop=True)
+    new = [fact for fact in facts if fact not in images]
+    joined = images.merge(distinct[["_plate", "_well", *new]], how="outer", on=["_plate", "_well"], indicator=True)
+    sides = {side: joined[joined["_merge"] == side] for side in ("both", "left_only", "right_only")}
+
+    def first(side: str) -> str:
+        return f"(first: plate {sides[side]['_plate'].iloc[0]}, well {sides[side]['_well'].iloc[0]})"
+
+    if sides["both"].empty:
+        raise UserError(f"No image {first('left_only')} is in the plate map {first('right_only')}: check both names.")
+    said = f"plate map: {len(sides['both']):,} of {len(images):,} image rows are joined"
+    if len(sides["left_only"]):
+        said += f"; {len(sides['left_only']):,} are not in it and are left out {first('left_only')}"
+    if len(sides["right_only"]):
+        said += f"; {len(sides['right_only']):,} of its wells have no image {first('right_only')}"
+    notes.append(said)
+    return sides["both"].drop(columns=["_plate", "_well", "_merge"]).reset_index(drop=True)
 
 
-def _tables_below(folder: Path) -> list[Path]:
-    return sorted(
-        p for p in folder.rglob("*") if re.search(r"\.(csv|tsv|txt|xlsx|parquet)(\.gz)?$", p.name, re.IGNORECASE)
-    )
+def _by_plate_and_well(
+    paths: Iterable[str | Path], plates: list[str], notes: list[str], encoding: str | None
+) -> pd.DataFrame:
+    """All plate maps below one another, with columns `_plate` and `_well`."""
+    maps, barcodes = [], []
+    for path in _tables(paths):
+        table, known = with_wells(read_tables(path, "plate map", notes, encoding), notes)
+        if "well" in known:
+            maps.append((path, table.rename(columns={known["well"]: "_well"}), known))
+        elif {"plate", "map"} <= set(known):
+            barcodes.append(table[[known["plate"], known["map"]]].set_axis(["_plate", "_map"], axis=1))
+        else:
+            raise UserError(f"Plate map {path} has no column of wells (it has {', '.join(table.columns[:-2])}).")
+    if not maps:
+        raise UserError(f"There is no plate map in {', '.join(map(str, paths))}: give a table with a column of wells.")
+    parts = []
+    for path, table, known in maps:
+        stem = path.name
+        while Path(stem).suffix.lower() in SUFFIXES:
+            stem = Path(stem).stem
+        if "plate" in known and (not barcodes or set(table[known["plate"]]) & set(plates)):
+            parts.append(table.assign(_plate=table[known["plate"]].str.strip()))
+        elif barcodes:
+            named = table.assign(_map=table[known["map"]] if "map" in known else stem)
+            parts.append(named.merge(pd.concat(barcodes).drop_duplicates(), on="_map").drop(columns="_map"))
+        elif len(maps) == 1:
+            notes.append(f"{path} names no plate and is taken for each of {len(plates):,}")
+            parts.append(table.merge(pd.DataFrame({"_plate": plates}), how="cross"))
+        else:
+            parts.append(table.assign(_plate=stem))
+    return pd.concat(parts, ignore_index=True).fillna("")
+
+
+def _tables(paths: Iterable[str | Path]) -> list[Path]:
+    """The paths themselves, and for a folder all tables below it."""
+    found = []
+    for path in map(Path, paths):
+        below = sorted(each for each in path.rglob("*") if each.suffix.lower() in SUFFIXES)
+        found += below if path.is_dir() else [path]
+    return found

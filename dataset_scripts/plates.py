@@ -18,6 +18,7 @@ import pandas as pd
 from wsdino.files import digest, written_whole
 
 from .illumination import FULL_SCALE, correct_plane, illumination_function, illumination_levels
+from .image_paths import file_and_page
 from .images import read_plane
 from .png import encode_png, make_preview
 from .quality import MEASURES, flaws, measure_plane
@@ -268,9 +269,10 @@ def image_size(fields: pd.DataFrame, channels: list[str], steps: Preprocessing) 
 
 def _raw_plane(record: dict, channel: str, steps: Preprocessing, size: tuple[int, int] | None = None) -> np.ndarray:
     where = f" (line {record['row']} of {record['table']}: plate {record['plate']}, well {record['well']})"
-    page = record[f"{channel}_page"]
+    file, page = file_and_page(record[f"{channel}_path"])
+    page = record[f"{channel}_page"] if page is None else page
     return read_plane(
-        Path(record[f"{channel}_path"]),
+        Path(file),
         steps.bits,
         size,
         where,

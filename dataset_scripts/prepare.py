@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 import sys
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,28 +25,26 @@ from wsdino.files import write_text
 from wsdino.settings import check_bounds, parse_settings, setting
 
 from .archives import PlateArchives
-from .bbbc021 import BBBC021_URL, COMPOUND_TABLE, IMAGE_TABLE, MOA_TABLE, default_source, fetch_tables, find_table
+from .bbbc021 import BBBC021_URL, COMPOUND_TABLE, IMAGE_TABLE, MOA_TABLE, default_source, fetch_tables
 from .builder import build_plates, worker_count
 from .card import build_summary, count_fields, dataset_card
 from .dataset_folder import DatasetFolder
 from .download import Downloader
-from .image_paths import find_images
+from .image_paths import file_and_page, find_images
 from .images import Z_RULES
+from .layouts.plan import LayoutSettings, plan, read_fields, understand
 from .plates import Plate, Preprocessing, illumination_name, image_size, natural_key, screen_features
-from .screen import ScreenColumns, read_screen
+from .screen import ScreenColumns
 
 ADDED_SETTINGS = ("z", "scale", "drop_bad")
 
 
 @dataclass
-class PrepareSettings:
-    """Settings of `wsdino-prepare` and of `build_dataset`."""
+class PrepareSettings(LayoutSettings):
+    """Settings of `wsdino-prepare` and of `build_dataset`; those of `LayoutSettings` say how `raw` is read."""
 
-    raw: str = setting(MISSING, "Folder of the raw images, and of the two official tables.")
-    output: str = setting(MISSING, "Folder of the dataset; plates of the same build that are done are kept.")
-    image_csv: str | None = setting(None, f"Image table, plain or .gz; default: {IMAGE_TABLE} in --raw.")
-    moa_csv: str | None = setting(None, f"MOA table, plain or .gz; default: {MOA_TABLE} in --raw, or none.")
-    columns: str | None = setting(None, "JSON column mapping of another screen: dataset_scripts/other_screens.md.")
+    output: str = setting("", "Folder of the dataset; plates of the same build that are done are kept.")
+    plan: bool = setting(False, "Print what is understood of --raw; read no pixels and build nothing.")
     allow_missing: bool = setting(False, "Build what is there; count what is absent (a null image, a field left out).")
     illumination: bool = setting(True, "Divide images by the illumination function of their plate and channel.")
     filter_size: float | None = setting(
@@ -58,7 +56,6 @@ class PrepareSettings:
         "spline", "Cubic of the resizing: as scikit-image since 0.19 (spline) or before (bicubic)."
     )
     bits: Literal[8, 16] = setting(16, "Depth of the raw images, which the dataset keeps.")
-    z: str | None = setting(None, "Of planes of different focus in one file: max, mean, or a plane's number.")
     scale: float | None = setting(None, "Factor of every raw value, which is then rounded: 65535 for 0 to 1.", above=0)
     drop_bad: bool = setting(False, "Leave out fields of noise, of one value, saturated, or with a channel twice.")
     plates: list[str] | None = setting(None, "Build only these plates.")
@@ -107,25 +104,28 @@ def build_dataset(
         raise UserError("--plates names none: name at least one, or leave it out for all.")
     if steps.z is not None and steps.z not in Z_RULES and not steps.z.isdecimal():
         raise UserError(f"--z is {steps.z!r}: use max, mean, or the number of a plane, from 0.")
-    if not isinstance(columns, ScreenColumns):
-        columns = ScreenColumns.from_json(columns) if columns else ScreenColumns()
-    _check_channels(columns.channels)
+    if isinstance(columns, str | Path):
+        columns = ScreenColumns.from_json(columns)
+    if columns is not None:
+        _check_channels(columns.channels)
     say = print if progress else lambda text: None
     raw, downloader = Path(raw), Downloader(steps.base_url, raw) if steps.download else None
     if downloader is not None:
-        tables = {IMAGE_TABLE: columns.image_columns(), MOA_TABLE: columns.moa_table, COMPOUND_TABLE: ()}
+        wanted = columns or ScreenColumns()
+        tables = {IMAGE_TABLE: wanted.image_columns(), MOA_TABLE: wanted.moa_table, COMPOUND_TABLE: ()}
         given = {IMAGE_TABLE: steps.image_csv, MOA_TABLE: steps.moa_csv}
         fetch_tables(downloader, {name: tables[name] for name in tables if not given.get(name)}, say)
     if not raw.is_dir():
         raise UserError(f"folder {raw} of raw images does not exist: give the folder that holds them")
-    image_csv = steps.image_csv or (find_table(IMAGE_TABLE, raw) if table is None else raw)
-    moa_csv = steps.moa_csv
-    if moa_csv is None and columns == ScreenColumns():
-        moa_csv = find_table(MOA_TABLE, raw, Path(image_csv).parent)
-    everything = read_screen(image_csv, moa_csv, columns, table)
+    screen = understand(steps, columns, table)
+    columns = screen.columns
+    _check_channels(columns.channels)
+    everything = read_fields(screen, steps)
+    for note in screen.notes:
+        say(note)
     named = everything if steps.plates is None else everything[everything["plate"].isin(steps.plates)]
     if absent := sorted(set(steps.plates or ()) - set(named["plate"])):
-        raise UserError(f"{image_csv} has no plate {absent[0]!r}: choose among the plates it names")
+        raise UserError(f"{everything['table'][0]} has no plate {absent[0]!r}: choose among the plates it names")
 
     channels, plates_named = list(columns.channels), everything["plate"].nunique()
     preprocessing = Preprocessing(
@@ -189,9 +189,9 @@ def build_dataset(
         _check_records(ordered)
         folder.finish(ordered)
         counts = count_fields(folder.path, ordered, len(named), plates_named)
-        write_text(folder.path / "README.md", dataset_card(recipe, columns.control, ordered, counts))
+        write_text(folder.path / "README.md", dataset_card(recipe, columns.control_text, ordered, counts))
         folder.close(recipe, counts, ordered)
-    for sentence in build_summary(folder.path, image_csv, columns.control, recipe, ordered, counts):
+    for sentence in build_summary(folder.path, everything["table"][0], columns.control_text, recipe, ordered, counts):
         say(sentence)
 
 
@@ -231,7 +231,7 @@ def _digest(recipe: dict, plate: Plate) -> str:
     An image that came or changed since gives another: what was built of the plate before is then out of date.
     """
     paths = [f"{channel}_path" for channel in plate.channels if f"{channel}_path" in plate.fields]
-    files = [Path(file).stat() for name in paths for file in plate.fields[name] if file]
+    files = [Path(file_and_page(file)[0]).stat() for name in paths for file in plate.fields[name] if file]
     states = [(state.st_size, state.st_mtime_ns) for state in files]
     rows = plate.fields.drop(columns=[*paths, "row", "table"]).to_csv()
     return hashlib.sha256(json.dumps([recipe, states]).encode() + rows.encode()).hexdigest()
@@ -240,11 +240,15 @@ def _digest(recipe: dict, plate: Plate) -> str:
 @command("wsdino-prepare")
 def main(argv: list[str] | None = None) -> None:
     """`wsdino-prepare`: build the dataset folder of a screen; flags as in `--help`."""
-    settings = vars(
-        parse_settings(
-            PrepareSettings, argv, prog="wsdino-prepare", description="Build the Hugging Face dataset of a screen."
-        )
+    parsed = parse_settings(
+        PrepareSettings, argv, prog="wsdino-prepare", description="Build the Hugging Face dataset of a screen."
     )
+    if parsed.plan:
+        print(plan(parsed, parsed.resize, parsed.output))
+        return
+    if not parsed.output:
+        raise UserError("--output names no folder: give one for the dataset, or --plan to see what is understood.")
+    settings = vars(parsed)
     if settings["plates"] is not None:  # with spaces or commas between
         settings["plates"] = [name.strip() for each in settings["plates"] for name in each.split(",") if name.strip()]
     try:

@@ -9,8 +9,9 @@ import pandas as pd
 
 from wsdino.errors import UserError
 
-from .tables import FILE, LINE
+from .tables import FILE, LINE, over_distinct
 
+UNFIT = re.compile(r"[/\\\x00-\x1f]|^\.\.?$")  # for a file's name
 MOST_WHOLE = 2**31 - 1  # the dataset's columns of whole numbers are int32
 
 
@@ -52,8 +53,7 @@ class TableRules:
 
     def text(self, column: str, *, empty: bool = False, none: Iterable[str] = ()) -> pd.Series:
         """Stripped text; what stands in `none` counts as empty, which is refused unless `empty`."""
-        text = self.table[column].astype(str).str.strip()
-        text = text.mask(text.isin(none), "").astype(object)
+        text = over_distinct(self.table[column], lambda cell: "" if cell.strip() in none else cell.strip())
         if not empty:
             self.refuse(text == "", f"column {column!r} is empty: fill it in, or take the line out")
         return text
@@ -61,9 +61,8 @@ class TableRules:
     def name(self, column: str) -> pd.Series:
         """Text that may become a file's name, and so may not lead out of a folder."""
         names = self.text(column)
-        bad = names.str.contains(r"[/\\\x00-\x1f]", regex=True) | names.isin([".", ".."]) | (names.str.len() > 100)
         self.refuse(
-            bad,
+            over_distinct(names, lambda name: len(name) > 100 or UNFIT.search(name) is not None).astype(bool),
             lambda row: (
                 f"column {column!r} is {names[row][:40]!r}, which cannot name a file: give a short name "
                 "without slashes"
@@ -106,7 +105,8 @@ class TableRules:
             What `text` is, for the message.
         """
         try:
-            found = text.astype(str).str.extract(pattern).iloc[:, 0]
+            distinct = text.astype(str).drop_duplicates()
+            found = text.astype(str).map(distinct.set_axis(distinct).str.extract(pattern).iloc[:, 0])
         except (ValueError, TypeError, re.error) as error:
             raise UserError(f"{setting} {pattern!r} ({error}): give a regular expression with a group") from error
         self.refuse(

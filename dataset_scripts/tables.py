@@ -9,7 +9,8 @@ import re
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -95,14 +96,18 @@ def _read(path: Path, what: str, notes: list[str], encoding: str | None) -> pd.D
     except (ValueError, OSError, EOFError, KeyError, ImportError, zlib.error, zipfile.BadZipFile) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{what} {path} cannot be read as {kind} ({reason}): {fix}") from error
+    if table.empty:
+        raise UserError(f"{what} {path} has a header but no rows: give the table of a screen with images")
     table.columns, before = [_clean(name) for name in table.columns], list(table.columns)
     if twice := [name for name in table.columns if list(table.columns).count(name) > 1]:
         raise UserError(f"{what} {path} has two columns {twice[0]!r}: rename one")
     if changed := [name for name, old in zip(table.columns, before, strict=True) if name != old]:
         notes.append(f"{path}: spaces in the header are dropped ({', '.join(map(repr, changed[:4]))})")
     table.index += 2 + skipped
-    blank = (table == "").all(axis=1)
-    table = table[~blank] if blank.any() else table
+    blank = table.iloc[:, 0] == ""
+    for column in table.columns[1:] if blank.any() else ():
+        blank &= table[column] == ""
+    table = table[~blank]
     table[LINE] = table.index.astype("int32")
     table[FILE] = pd.Categorical([str(path)]).repeat(len(table))
     return table.reset_index(drop=True)
@@ -149,14 +154,18 @@ def _read_text(path: Path, start: bytes, encoding: str | None, notes: list[str])
             arrow.ParseOptions(
                 delimiter=separator, newlines_in_values=True, ignore_empty_lines=False, invalid_row_handler=refuse
             ),
-            arrow.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False),
+            arrow.ConvertOptions(column_types=dict.fromkeys(names, pa.dictionary(pa.int32(), pa.string()))),
         )
     except pa.ArrowInvalid as error:
         raise ValueError(uneven[0] if uneven else str(error)) from error
-    return table.to_pandas().fillna(""), skipped
+    codes = [column.combine_chunks() for column in table.unify_dictionaries().columns]
+    cells = [_objects(each.dictionary.to_pylist())[each.indices.to_numpy()] for each in codes]
+    return pd.DataFrame(dict(enumerate(cells)), dtype=object).set_axis(table.column_names, axis=1), skipped
 
 
 def _encoding(content: bytes, notes: list[str], path: Path) -> str:
+    if content.isascii():
+        return "utf-8-sig"
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "utf-16"
     try:
@@ -184,18 +193,22 @@ def _as_text(table: pd.DataFrame) -> pd.DataFrame:
         return str(int(value)) if isinstance(value, float) and value.is_integer() and abs(value) < 1e15 else str(value)
 
     def column(values: pd.Series) -> pd.Series:
-        if isinstance(values.dtype, pd.StringDtype):
-            return values.fillna("")
         codes, distinct = pd.factorize(values, use_na_sentinel=True)
-        return pd.Series(np.array([*map(text, distinct.tolist()), ""], dtype=object)[codes], dtype="str")
+        return pd.Series(_objects([*map(text, distinct.tolist()), ""])[codes], dtype=object)
 
     return pd.DataFrame({name: column(table[name]).reset_index(drop=True) for name in table.columns})
 
 
-def over_distinct(values: pd.Series, function) -> pd.Series:
-    """`function` of each value, computed once for each distinct one: a table of 400,000 rows has few."""
-    codes, distinct = pd.factorize(values)
-    return pd.Series(np.array([function(value) for value in distinct], dtype=object)[codes], index=values.index)
+def over_distinct(values: pd.Series, function: Callable[[str], object]) -> pd.Series:
+    """`function` of each value, computed and held once per distinct one: a table of 400,000 rows has few."""
+    codes, distinct = pd.factorize(values.to_numpy(dtype=object))
+    return pd.Series(_objects([function(value) for value in distinct])[codes], values.index, dtype=object)
+
+
+def _objects(values: list) -> np.ndarray:
+    held = np.empty(len(values), dtype=object)
+    held[:] = values
+    return held
 
 
 def well_name(text: str) -> str:
@@ -255,8 +268,8 @@ def read_doses(values: pd.Series, header: str, where, notes: list[str] | None = 
         odd = next(text for text, (number, unit) in parsed.items() if number and unit not in MOLAR)
         others = ", ".join(sorted(units - {parsed[odd][1]}))
         raise UserError(
-            f"{where(values.index[values == odd][0])}: column {header!r} is {odd!r} where others are in {others}: "
-            "give every dose its unit, or all of them one"
+            f"{where(values.index[values == odd][0])}: column {header!r} is {odd!r} where other doses are in "
+            f"{others}: give each its unit"
         )
     if notes is not None and units - {"", "um"}:
         converted = f"µM, from {', '.join(sorted(units))}" if units <= set(MOLAR) else f"{units.pop()}, as written"
@@ -316,23 +329,29 @@ def common_names(compounds: pd.Series, doses: pd.Series) -> tuple[pd.Series, pd.
     sentences : list of str
         One for each compound that is spelled in several ways, and for each group of near doses.
     """
-    counts = pd.DataFrame({"name": compounds, "dose": doses}).value_counts(sort=False).reset_index(name="rows")
-    counts["key"] = counts["name"].map(spelling)
-    names, dose_of, sentences = {}, {}, []
-    for key, rows in counts.groupby("key", sort=False):
-        spelled = rows.groupby("name")["rows"].sum().sort_values(ascending=False, kind="stable")
-        names.update(dict.fromkeys(spelled.index, spelled.index[0]))
+    known = doses.fillna(0.0)  # without doses, NaN throughout
+    pairs = pd.DataFrame({"name": compounds, "dose": known}).value_counts(sort=False)
+    names_of: dict[str, Counter[str]] = defaultdict(Counter)
+    doses_of: dict[str, Counter[float]] = defaultdict(Counter)
+    for (name, dose), count in pairs.items():
+        names_of[spelling(name)][name] += count
+        doses_of[spelling(name)][dose] += count
+    best, nominal, sentences = {}, {}, []
+    for key, spelled in names_of.items():
+        chosen = spelled.most_common(1)[0][0]
+        best.update(dict.fromkeys(spelled, chosen))
         if len(spelled) > 1:
-            sentences.append("compound " + " = ".join(f"{n!r} ({c:,} rows)" for n, c in spelled.items()))
-        near: list[tuple[float, int]] = []
-        for dose, count in [*sorted(rows.groupby("dose")["rows"].sum().items()), (np.inf, 0)]:
-            if near and not 0 < near[0][0] <= dose < near[0][0] * NEAR:
-                best = max(near, key=lambda pair: (pair[1], -len(f"{pair[0]:g}")))[0]
-                dose_of.update({(key, each): best for each, _ in near})
-                if len(near) > 1:
-                    sentences.append(f"{spelled.index[0]!r} at " + " = ".join(f"{d:g} ({c:,} rows)" for d, c in near))
-                near = []
-            near.append((dose, count))
-    keys = compounds.map({name: spelling(name) for name in names})
-    merged = pd.Series([dose_of[pair] for pair in zip(keys, doses, strict=True)], index=doses.index, dtype=float)
-    return compounds.map(names), merged, sentences
+            sentences.append("compound " + " = ".join(f"{name!r} ({n:,} rows)" for name, n in spelled.most_common()))
+        group: list[float] = []
+        for dose in [*sorted(doses_of[key]), np.inf]:
+            if group and not 0 < group[0] <= dose < group[0] * NEAR:
+                most = max(group, key=lambda each: (doses_of[key][each], -len(f"{each:g}")))
+                nominal.update({(key, each): most for each in group})
+                if len(group) > 1:
+                    told = " = ".join(f"{each:g} ({doses_of[key][each]:,} rows)" for each in group)
+                    sentences.append(f"{chosen!r} at {told}")
+                group = []
+            group.append(dose)
+    keys = over_distinct(compounds, spelling)
+    merged = pd.Series([nominal[pair] for pair in zip(keys, known, strict=True)], doses.index, dtype=float)
+    return over_distinct(compounds, best.__getitem__), merged.where(doses.notna()), sentences

@@ -42,7 +42,7 @@ def pixels(path):
 def test_every_layout_is_found_and_leads_to_its_own_pixels(write, layout, settings, pixel_size, tmp_path):
     raw = tmp_path / "raw"
     write(raw)
-    screen = understand(raw, LayoutSettings(**settings))
+    screen = understand(LayoutSettings(str(raw), **settings))
     assert (screen.layout, screen.pixel_size) == (layout, pixel_size)
     columns, table = screen.columns, screen.table
     assert set(columns.channels) == set(CHANNELS)
@@ -58,17 +58,17 @@ def test_every_layout_is_found_and_leads_to_its_own_pixels(write, layout, settin
 
 def test_load_data_tells_images_from_illumination_functions(tmp_path):
     layout_files.load_data(tmp_path)
-    screen = understand(tmp_path, LayoutSettings())
+    screen = understand(LayoutSettings(str(tmp_path)))
     assert screen.layout == "load_data"
     assert screen.columns.channels == {c: (f"FileName_Orig{c.upper()}", f"PathName_Orig{c.upper()}") for c in CHANNELS}
     assert any("FileName_IllumDAPI" in note for note in screen.notes)
-    chosen = understand(tmp_path, LayoutSettings(channels=["dna=dapi"])).columns.channels
+    chosen = understand(LayoutSettings(str(tmp_path), channels=["dna=dapi"])).columns.channels
     assert list(chosen) == ["dna"]
 
 
 def test_the_gallery_joins_its_own_plate_maps(tmp_path):
     layout_files.gallery(tmp_path)
-    screen = understand(tmp_path, LayoutSettings())
+    screen = understand(LayoutSettings(str(tmp_path)))
     assert screen.columns.batch == "Metadata_Batch" and set(screen.table["Metadata_Batch"]) == {"2024_Batch1"}
     assert screen.columns.control == "" and screen.columns.compound == "broad_sample"
     found = screen.table.groupby("Metadata_Well")["broad_sample"].first().to_dict()
@@ -96,7 +96,7 @@ def test_the_gallery_joins_its_own_plate_maps(tmp_path):
 def test_what_is_not_understood_is_refused(write, settings, named, tmp_path):
     write(tmp_path / "raw")
     with pytest.raises(UserError) as error:
-        understand(tmp_path / "raw", LayoutSettings(**settings))
+        understand(LayoutSettings(str(tmp_path / "raw"), **settings))
     assert named in str(error.value)
 
 
@@ -104,13 +104,13 @@ def test_what_is_not_understood_is_refused(write, settings, named, tmp_path):
 def test_a_damaged_index_is_named(damage, tmp_path):
     (tmp_path / "Index.idx.xml").write_text(damage)
     with pytest.raises(UserError, match="Index.idx.xml is not a whole index"):
-        understand(tmp_path, LayoutSettings())
+        understand(LayoutSettings(str(tmp_path)))
 
 
 def test_plates_of_one_prefix_and_one_folder_name_stay_apart(tmp_path):
     """Two plates whose files have the same names, in folders that end alike: the whole folder is the plate."""
     layout_files.imagexpress(tmp_path, htd=False, prefix=lambda p: "scan")
-    screen = understand(tmp_path, LayoutSettings())
+    screen = understand(LayoutSettings(str(tmp_path)))
     assert set(screen.table["plate"]) == {"P1_2024-01-01_123", "P2_2024-01-01_123"}
     assert set(screen.columns.channels) == {"w1", "w2"}
 
@@ -118,5 +118,5 @@ def test_plates_of_one_prefix_and_one_folder_name_stay_apart(tmp_path):
 def test_files_that_do_not_fit_are_counted(tmp_path):
     layout_files.named(tmp_path)
     layout_files.write_image(tmp_path / "overview.tif", "P1", "A01", 1, "dapi")
-    notes = understand(tmp_path, LayoutSettings(pattern=NAMED)).notes
+    notes = understand(LayoutSettings(str(tmp_path), pattern=NAMED)).notes
     assert any("1 of 25" in note and "overview.tif" in note for note in notes)

@@ -54,7 +54,7 @@ def as_excel(folder):
 def test_every_form_of_a_plate_map(write, tmp_path):
     load_data(tmp_path / "raw")
     write(tmp_path / "maps") if write is not as_excel else ((tmp_path / "maps").mkdir(), write(tmp_path / "maps"))
-    screen = understand(tmp_path / "raw", LayoutSettings(plate_map=[str(tmp_path / "maps")]))
+    screen = understand(LayoutSettings(str(tmp_path / "raw"), plate_map=[str(tmp_path / "maps")]))
     assert compounds(screen) == WANTED
     assert screen.columns.concentration in ("Dose (µM)", "uM")
 
@@ -63,17 +63,19 @@ def test_rows_without_a_partner_are_counted_on_both_sides(tmp_path):
     load_data(tmp_path / "raw")
     rows = [{"Well": "A01", "Drug": "DMSO"}, {"Well": "H12", "Drug": "taxol"}]
     write_rows(tmp_path / "map.csv", rows)
-    screen = understand(tmp_path / "raw", LayoutSettings(plate_map=[str(tmp_path / "map.csv")]))
+    screen = understand(LayoutSettings(str(tmp_path / "raw"), plate_map=[str(tmp_path / "map.csv")]))
     assert len(screen.table) == 4 and set(screen.table["Metadata_Well"]) == {"A01"}
     told = next(note for note in screen.notes if note.startswith("plate map"))
-    assert "4 of 12" in told and "8 are not in it" in told and "P1 A02" in told and "2 of its lines" in told
+    assert (
+        "4 of 12" in told and "8 are not in it" in told and "plate P1, well A02" in told and "2 of its wells" in told
+    )
 
 
 @pytest.mark.parametrize(
     ("rows", "named"),
     [
-        ([{"Well": "H12", "Drug": "taxol"}], "fits no image"),
-        ([{"Plate": "P9", "Well": "A01", "Drug": "taxol"}], "fits no image"),
+        ([{"Well": "H12", "Drug": "taxol"}], "is in the plate map"),
+        ([{"Plate": "P9", "Well": "A01", "Drug": "taxol"}], "is in the plate map"),
         ([{"Drug": "taxol"}], "no column of wells"),
         ([{"Well": "A1", "Drug": "taxol"}, {"Well": "A01", "Drug": "DMSO"}], "line 3: well A01"),
     ],
@@ -82,7 +84,7 @@ def test_a_plate_map_that_does_not_fit_is_refused(rows, named, tmp_path):
     load_data(tmp_path / "raw")
     write_rows(tmp_path / "map.csv", rows)
     with pytest.raises(UserError) as error:
-        understand(tmp_path / "raw", LayoutSettings(plate_map=[str(tmp_path / "map.csv")]))
+        understand(LayoutSettings(str(tmp_path / "raw"), plate_map=[str(tmp_path / "map.csv")]))
     assert named in str(error.value)
 
 
@@ -117,5 +119,5 @@ def test_columns_are_known_by_their_names(columns, wanted):
 def test_the_control_is_found(rows, control, tmp_path):
     load_data(tmp_path / "raw")
     write_rows(tmp_path / "map.csv", [{"Well": w, "Drug": d, "pert_type": k} for w, (d, k) in rows.items()])
-    screen = understand(tmp_path / "raw", LayoutSettings(plate_map=[str(tmp_path / "map.csv")]))
+    screen = understand(LayoutSettings(str(tmp_path / "raw"), plate_map=[str(tmp_path / "map.csv")]))
     assert screen.columns.control == control

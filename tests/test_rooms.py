@@ -32,6 +32,7 @@ ALLOWED = {
             "scipy",
             "skimage",
             "tqdm",
+            "zarr",
             "threadpoolctl",
             "tifffile",
         )

@@ -160,7 +160,7 @@ def test_the_control_needs_no_concentration(tmp_path, dose):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("aspirin,5", "aspirin,5 µM", "line 3: column 'C' is '5 µM'"),
+        ("aspirin,5", "aspirin,5 µM", "line 4: column 'C' is '5' where other"),
         ("A01,1,", "A01,1.5,", "line 2: column 'S' is '1.5'"),
         ("A01,1,", "A01,3000000000,", "line 2: column 'S' is '3000000000'"),
         ("A01,1,", "A01,1e25,", "line 2: column 'S' is '1e25'"),
