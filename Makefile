@@ -1,5 +1,6 @@
 # Works on a machine with Python >= 3.10, pip and make; safe to repeat, sets up once.
 #   make demo    the whole way on simulated images -> runs/demo/report.html, runs/demo/results.json
+#   make demo-real CELLS=<folder>    the same on your own single cells: images, cells.csv and columns.json
 #   make test    every test     make test-fast    without the slow ones     make lint    style and types
 #   make release RUN=runs/cells NAME=cells LICENSE=apache-2.0    an evaluated run's networks -> release/cells{,-<channel>}
 #   make gpu     on a machine with a GPU: its tests, then how fast it is (GPU="--device cpu --small" without one)
@@ -16,7 +17,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 LAUNCH := $(BIN)/accelerate launch --quiet --num_machines 1 --mixed_precision no --dynamo_backend no
 
-.PHONY: setup demo release test test-fast test-oldest gpu lint clean-demo
+START := --init 'release/wsdino-simulated-start-{channel}'
+
+.PHONY: setup demo demo-real release test test-fast test-oldest gpu lint clean-demo
 
 setup: $(READY)
 
@@ -32,15 +35,31 @@ $(READY): setup.cfg pyproject.toml
 	@echo "$(VENV) is ready."
 
 demo: $(READY)
-	@echo "1/4 Training: simulates a small screen if there is none, then one network per channel."
-	@$(LAUNCH) train_accelerate.py --preset demo --resume
-	@echo "2/4 Profiles of every field, by the trained and an untrained network and by intensity statistics."
+	@echo "1/5 A small screen is simulated: fields of two or three cells, in the layout of BBBC021."
+	@test -e data/demo/README.md || { $(BIN)/wsdino-simulate data/demo_raw --size demo --image_size 128 160 \
+		&& $(BIN)/wsdino-prepare --raw data/demo_raw --resize 1 --output data/demo; }
+	@echo "2/5 Training, from the start that only ever saw drawn cells: one network per channel."
+	@$(LAUNCH) train_accelerate.py --preset cells --dataset data/demo $(START) --output_dir runs/demo \
+		--global_crop_area 0.18 0.2 --local_crop_area 0.08 0.2 --tile_grid 2 --num_train_epochs 20 --resume
+	@echo "3/5 Profiles of every field: the trained network, its start, an untrained one, intensity statistics."
 	@$(BIN)/wsdino-extract runs/demo
-	@echo "3/4 Evaluation."
+	@echo "4/5 Evaluation."
 	@$(BIN)/wsdino-evaluate runs/demo
-	@echo "4/4 Report."
+	@echo "5/5 Report."
 	@$(BIN)/wsdino-report runs/demo
-	@echo "Done: open runs/demo/report.html; the numbers are in runs/demo/results.json."
+	@echo "Done: open runs/demo/report.html; the numbers are in runs/demo/results.json. All images are simulated."
+
+demo-real: $(READY)
+	@test -n "$(CELLS)" -a -e "$(CELLS)/columns.json" -a -e "$(CELLS)/cells.csv" || { echo "Name a folder of single \
+	cells with their table: make demo-real CELLS=<folder with images/, cells.csv and columns.json>"; exit 2; }
+	@test -e data/demo_real/README.md || $(BIN)/wsdino-prepare --raw "$(CELLS)" --image_csv "$(CELLS)/cells.csv" \
+		--columns "$(CELLS)/columns.json" --no_illumination --resize 1 --drop_bad --output data/demo_real
+	@$(LAUNCH) train_accelerate.py --preset cells --dataset data/demo_real --subset all $(START) \
+		--output_dir runs/demo_real --resume
+	@$(BIN)/wsdino-extract runs/demo_real --subsets all
+	@$(BIN)/wsdino-evaluate runs/demo_real
+	@$(BIN)/wsdino-report runs/demo_real
+	@echo "Done: open runs/demo_real/report.html; the numbers are in runs/demo_real/results.json."
 
 DTYPE ?= float16
 
@@ -85,5 +104,5 @@ lint: $(READY)
 	@$(BIN)/mypy
 
 clean-demo:
-	@rm -rf runs/demo data/simulated_demo data/simulated_demo_raw
+	@rm -rf runs/demo data/demo data/demo_raw
 	@echo "Removed the demo's run and its simulated screen."
