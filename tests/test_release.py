@@ -48,7 +48,11 @@ def test_a_released_repository_is_complete_and_small(folder):
 def test_a_released_repository_works_offline_without_the_package(folder, tmp_path):
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", USE, str(ROOT), str(folder)], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [sys.executable, "-c", USE, str(ROOT), str(folder)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     width, channels = json.loads(done.stdout.splitlines()[-1])
