@@ -160,7 +160,7 @@ def test_a_value_of_the_table_that_cannot_be_used(tiny_raw, tmp_path, refused, c
     def change(rows):
         next(row for row in rows if row["Image_Metadata_Compound"] != "DMSO")[column] = value
 
-    name = value if column.startswith("Image_FileName") else column
+    name = Path(value).name if column.startswith("Image_FileName") else column
     refused(prepare.main, *edited_screen(tiny_raw, tmp_path / "tables", change), named=name)
 
 

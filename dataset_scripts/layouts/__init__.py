@@ -138,7 +138,7 @@ def read_layout(source: Source, layout: str = "auto") -> Screen:
         raise UserError(f"folder {source.raw} of raw images does not exist: give the folder that holds them")
     layouts = _layouts()
     if layout == "auto" and (source.tables or source.pattern):
-        layout = "load_data" if source.tables else "folder"
+        layout = ("bbbc021" if official(source.tables) else "load_data") if source.tables else "folder"
     elif layout == "auto":
         layout = next((name for name, each in layouts.items() if each.known_by and source.matching(each.known_by)), "")
     if layout not in layouts:
@@ -148,6 +148,14 @@ def read_layout(source: Source, layout: str = "auto") -> Screen:
             "are named with --layout folder --pattern (docs/your_screen.md)"
         )
     return replace(layouts[layout].read(source), layout=layout, notes=source.notes)
+
+
+def official(tables: list[Path]) -> bool:
+    """Whether an image table has the columns of BBBC021's official one, whatever its name."""
+    try:
+        return bool(tables) and ScreenColumns().plate in pd.read_csv(tables[0], nrows=0).columns
+    except (OSError, ValueError, UnicodeDecodeError):
+        return False  # not a text table: the layout that reads it says what is wrong
 
 
 def channel_name(text: str) -> str:
