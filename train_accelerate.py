@@ -123,6 +123,10 @@ def scorer(
     def scores(features: np.ndarray) -> dict[str, Any]:
         names = [f"{channel}_{index:04d}" for index in range(features.shape[1])]
         found = evaluate_set(pd.concat([metadata, pd.DataFrame(features, columns=names)], axis=1), details=False)
+        if not found["nsc_total"]:
+            raise UserError(
+                "--eval_every_epochs scores NSC, but no evaluated field has a mechanism (moa): leave it out."
+            )
         return {name: found[name] for name in SCORES}
 
     def score(backbone: WSDinoModel) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def new_accelerator(settings: LoopSettings, folder: Path | None = None) -> Accel
     """An accelerator for one channel's training, whose trackers write below `folder`."""
     return Accelerator(
         mixed_precision=settings.mixed_precision,
-        log_with=settings.report_to or None,
+        log_with=(settings.report_to or None) if folder else None,
         project_dir=folder and str(folder),
         # `follow_launcher` has taken these two from the launcher. The loop divides by its number of micro-batches, and
         # compiles the backbones alone; accelerate would do both once more.
