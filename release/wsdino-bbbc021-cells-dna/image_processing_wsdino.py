@@ -6,7 +6,6 @@ deviation, and the centre of the field is cut into a square grid of tiles. Other
 are settings; a single cell is a small field that is cut into one tile.
 """
 
-import math
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
@@ -25,8 +24,7 @@ CHOICES = {
     "intensity_scale": ("linear", "log"),
     "symmetries": (1, 4, 8),
 }
-# Of all pages of a file together; three channels of a field of 1280x1024 are four million. A header that claims more
-# is refused before anything of its size is allocated.
+# Of all pages of a file together: a header that claims more is refused before anything of its size is allocated.
 MAX_PIXELS = 100_000_000
 # The crops of the authors' released evaluation script, (top, left, height, width) of a 512x640 field: two of them are
 # wider than the square the paper describes.
@@ -86,12 +84,8 @@ class WSDinoImageProcessor(BaseImageProcessor):
         **kwargs,
     ) -> None:
         super().__init__(**kwargs)
-        check_choice("tiles", tiles)
-        check_choice("intensity_scale", intensity_scale)
-        check_choice("symmetries", symmetries)
-        _check_positive("tile_size", tile_size, int)
-        _check_positive("tile_grid", tile_grid, int)
-        _check_positive("max_intensity", max_intensity)
+        check_settings(tiles=tiles, intensity_scale=intensity_scale, symmetries=symmetries)
+        check_settings(tile_size=tile_size, tile_grid=tile_grid, max_intensity=max_intensity)
         self.tiles = tiles
         self.tile_size = tile_size
         self.tile_grid = tile_grid
@@ -122,11 +116,9 @@ class WSDinoImageProcessor(BaseImageProcessor):
         if not isinstance(images, list | tuple) and getattr(images, "ndim", 0) != 4:
             images = [images]
         tiles = [tile for image in images for tile in self.field_tiles(image, **kwargs)]
-        if not tiles:
-            raise ValueError("no images were given: pass at least one field.")
-        if len({tile.shape for tile in tiles}) > 1:
-            shapes = " and ".join(sorted({str(tile.shape) for tile in tiles}))
-            raise ValueError(f"tiles of {shapes} cannot share a batch: process them apart, or use the pipeline.")
+        if len({tile.shape for tile in tiles}) != 1:
+            shapes = " and ".join(sorted({str(tile.shape) for tile in tiles})) or "no field"
+            raise ValueError(f"tiles of {shapes} make no batch: process them apart, or use the pipeline.")
         return BatchFeature({"pixel_values": np.stack(tiles)}, tensor_type=return_tensors)
 
     def field_tiles(
@@ -160,7 +152,7 @@ class WSDinoImageProcessor(BaseImageProcessor):
             trained on 8. An 8-bit field for a model of 16-bit ones gives a warning.
         """
         tiles = self.tiles if tiles is None else tiles
-        check_choice("tiles", tiles)
+        check_settings(tiles=tiles)
         field, name = _read_field(image, list(self.channel_names if channel_names is None else channel_names))
         limit = self._intensity_limit(field, name, max_intensity)
         return [
@@ -170,21 +162,17 @@ class WSDinoImageProcessor(BaseImageProcessor):
 
     def _tile_boxes(self, height: int, width: int, name: str, tiles: str) -> Iterable[tuple[int, int, int, int]]:
         """Top, left, height and width of the tiles of a `height` by `width` field."""
-        if tiles == "original_code":
-            if (height, width) != (512, 640):
-                raise ValueError(
-                    f"{name} is {height}x{width} pixels (height x width), but the released code crops 512x640: "
-                    "resize it, or choose tiles='paper'."
-                )
-            return ORIGINAL_CODE_CROPS
         size = self.tile_size
         region = size if tiles == "full" else size * self.tile_grid
-        if min(height, width) < region:
+        fits = (height, width) == (512, 640) if tiles == "original_code" else min(height, width) >= region
+        if not fits:
+            needed = "of 512x640" if tiles == "original_code" else f"of at least {region}x{region}"
             raise ValueError(
-                f"{name} is {height}x{width} pixels (height x width), smaller than the {region}x{region} of "
-                f"{f'its {size}x{size} tiles' if region > size else 'one tile'}: give a larger field, or a smaller "
-                "tile_size or tile_grid."
+                f"{name} is {height}x{width} pixels (height x width), but {tiles} tiles of {size}x{size} need a field "
+                f"{needed}: give such a field, or other tiles, a smaller tile_size or tile_grid."
             )
+        if tiles == "original_code":
+            return ORIGINAL_CODE_CROPS
         if tiles == "full":
             tops, lefts = (
                 np.linspace(0, side - size, -(-side // size)).round().astype(int).tolist() for side in (height, width)
@@ -200,26 +188,21 @@ class WSDinoImageProcessor(BaseImageProcessor):
         if field.dtype.kind == "f" and not np.isfinite(field).all():
             raise ValueError(f"{name} holds values that are not finite: replace them first.")
         if max_intensity is not None:
-            _check_positive("max_intensity", max_intensity)
+            check_settings(max_intensity=max_intensity)
             return max_intensity
         if field.dtype == np.uint8 and self.max_intensity > 255:
             warnings.warn(
-                f"{name} is 8-bit, but this model was trained on 16-bit intensities clipped at "
-                f"{self.max_intensity:g}: 255 takes the place of that number, and the features do not compare with "
-                "those of 16-bit fields; give the 16-bit original.",
+                f"{name} is 8-bit, but this model was trained on intensities up to {self.max_intensity:g}: 255 takes "
+                "the place of that number, and the features do not compare with those of the 16-bit original.",
                 stacklevel=4,
             )
             return 255
         highest = field.max(initial=0)
-        if highest > 255 >= self.max_intensity:
+        scaled = field.dtype.kind == "f" and 0 < highest <= 1 < self.max_intensity
+        if scaled or highest > 255 >= self.max_intensity:
             raise ValueError(
-                f"{name} holds intensities up to {highest:g}, but this model was trained on 8-bit ones clipped at "
-                f"{self.max_intensity:g}: give the 8-bit image, or name max_intensity."
-            )
-        if field.dtype.kind == "f" and self.max_intensity > 1 and 0 < highest <= 1:
-            raise ValueError(
-                f"{name} holds floats no larger than 1, as if scaled already: give raw intensities, or say "
-                "max_intensity=1."
+                f"{name} holds intensities up to {highest:g}, but this model was trained on intensities up to "
+                f"{self.max_intensity:g}: give raw intensities of its depth, or name max_intensity."
             )
         return self.max_intensity
 
@@ -245,17 +228,15 @@ def scale_intensities(values: np.ndarray, max_intensity: int | float, intensity_
     return np.clip(values, 0, max_intensity).astype(np.float32) / np.float32(max_intensity)
 
 
-def check_choice(name: str, value: Any) -> None:
-    """Refuse a setting that is none of its `CHOICES`."""
-    if value not in CHOICES[name]:
-        raise ValueError(f"{name} must be one of {', '.join(map(str, CHOICES[name]))}, but is {value!r}.")
-
-
-def _check_positive(name: str, value: Any, kind: type = float) -> None:
-    """Refuse what is not a positive, finite number, or with `kind` int a whole one; NumPy's scalars are numbers."""
-    kinds = (int, np.integer) if kind is int else (int, float, np.number)
-    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a positive {'whole ' * (kind is int)}number, but is {value!r}.")
+def check_settings(**settings: Any) -> None:
+    """Refuse settings that are not among their `CHOICES`, or not positive, finite and, for sides, whole numbers."""
+    for name, value in settings.items():
+        whole = name in ("tile_size", "tile_grid")
+        number = isinstance(value, (int, np.integer) if whole else (int, float, np.number))
+        if name in CHOICES and value not in CHOICES[name]:
+            raise ValueError(f"{name} must be one of {', '.join(map(str, CHOICES[name]))}, but is {value!r}.")
+        if name not in CHOICES and not (number and 0 < value < float("inf")):
+            raise ValueError(f"{name} must be a positive {'whole ' * whole}number, but is {value!r}.")
 
 
 def _read_field(image: Any, channel_names: list[str]) -> tuple[np.ndarray, str]:
@@ -270,17 +251,11 @@ def _read_field(image: Any, channel_names: list[str]) -> tuple[np.ndarray, str]:
         image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()  # NumPy has no bfloat16
     if not isinstance(image, np.ndarray) or image.dtype.kind not in "uif":
         kind = f"array of {image.dtype}" if isinstance(image, np.ndarray) else type(image).__name__
-        raise ValueError(
-            f"{name} is a {kind}, not measured intensities: give an array of numbers, a Pillow image, a path, or a "
-            "dict of these by channel."
-        )
-    if image.ndim == 2:
-        image = image[None]
-    if image.ndim != 3 or image.shape[2] <= 4 < image.shape[0]:  # no field is four pixels wide
-        raise ValueError(
-            f"{name} has the shape {image.shape}: give (height, width), or (channels, height, width), channels first."
-        )
-    return image, name
+        raise ValueError(f"{name} is a {kind}: give an array of numbers, a Pillow image, a path, or a dict of these.")
+    field = image[None] if image.ndim == 2 else image
+    if field.ndim != 3 or field.shape[2] <= 4 < field.shape[0]:  # no field is four pixels wide
+        raise ValueError(f"{name} has the shape {image.shape}: give (height, width) or (channels, height, width).")
+    return field, name
 
 
 def _read_pillow(source: str | Path | Image.Image, name: str) -> np.ndarray:
@@ -312,20 +287,17 @@ def _read_pillow(source: str | Path | Image.Image, name: str) -> np.ndarray:
 
 def _stack_channels(images: Mapping, channel_names: list[str]) -> tuple[np.ndarray, str]:
     """The planes of a dict of channels, in the order of the model's towers; further entries are left alone."""
-    absent = [name for name in channel_names if name not in images]
-    if absent or not channel_names:
-        known = f"trained on {', '.join(channel_names)}" if channel_names else "trained on a channel without a name"
+    if not channel_names or not set(channel_names) <= images.keys():
         raise ValueError(
-            f"a dict of the channels {', '.join(map(str, images))} was given, but this model was {known}: give "
-            f"{', '.join(absent) or 'an array'}, or use the repository of another channel."
+            f"a dict of the channels {', '.join(map(str, images))} was given, but this model was trained on "
+            f"{', '.join(channel_names) or 'a channel without a name'}: give that, or use another repository."
         )
     planes = [_read_field(images[channel], [channel])[0] for channel in channel_names]
-    wanted = ((1, *planes[0].shape[1:]), planes[0].dtype)
     for channel, plane in zip(channel_names, planes, strict=True):
-        if (plane.shape, plane.dtype) != wanted:
+        if (plane.shape, plane.dtype) != ((1, *planes[0].shape[1:]), planes[0].dtype):
             raise ValueError(
-                f"the channel {channel} is {plane.dtype} of shape {plane.shape} where {wanted[1]} of shape "
-                f"{wanted[0]} is needed, as {channel_names[0]} has it: give one plane per channel, of one field."
+                f"the channel {channel} is {plane.dtype} of shape {plane.shape}, and {channel_names[0]} "
+                f"{planes[0].dtype} of shape {planes[0].shape}: give one plane per channel, of one field."
             )
     return np.concatenate(planes), f"the field ({', '.join(channel_names)})"
 

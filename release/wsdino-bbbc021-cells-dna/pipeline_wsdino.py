@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Subset
 from transformers import Pipeline
 from transformers.pipelines.pt_utils import KeyDataset, PipelineDataset, PipelineIterator
 
-from .image_processing_wsdino import check_choice
+from .image_processing_wsdino import check_settings
 
 # On a CPU a few tiles at a time stay in its caches: in batches of eight a 224x224 tile took 1.2 to 1.3 times as long
 # as in batches of two (medians, ViT-S/8, two threads of a machine with other work).
@@ -86,7 +86,7 @@ class WSDinoFeatureExtractionPipeline(Pipeline):
         if outputs is not None and outputs not in OUTPUTS:
             raise ValueError(f"outputs must be one of {', '.join(OUTPUTS)}, but is {outputs!r}.")
         if symmetries is not None:
-            check_choice("symmetries", symmetries)
+            check_settings(symmetries=symmetries)
         chosen = [
             {"tiles": tiles, "max_intensity": max_intensity},
             {"outputs": outputs, "symmetries": symmetries},
@@ -190,16 +190,9 @@ class WSDinoFeatureExtractionPipeline(Pipeline):
             result = torch.stack(field)
         return result if return_tensors else result.tolist()
 
-    def get_iterator(
-        self,
-        inputs: Any,
-        num_workers: int,
-        batch_size: int,
-        preprocess_params: dict,
-        forward_params: dict,
-        postprocess_params: dict,
-    ) -> Iterator:
+    def get_iterator(self, inputs: Any, num_workers: int, batch_size: int, *params: dict) -> Iterator:
         """The stock pipelines' iterator, but for fields that keep their own number of tiles."""
+        preprocess_params, forward_params, postprocess_params = params
         if isinstance(inputs, Sized):
             dataset = PipelineDataset(inputs, _Preprocess(self), preprocess_params)
         else:
@@ -236,22 +229,9 @@ class _Preprocess:
         return {"tiles": [torch.from_numpy(tile) for tile in tiles]}
 
 
-class _Rows(Dataset):
-    """A table of the `datasets` library, or a column, as a torch dataset, which is what the stock pipelines stream."""
-
-    def __init__(self, rows: Any) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.rows[index]
-
-
-def _streamed(rows: Any) -> Dataset | Iterator:
-    """Rows or fields of the `datasets` library as the stock pipelines stream them: by index, or one after another."""
-    return _Rows(rows) if isinstance(rows, Sized) else (row for row in rows)
+def _streamed(rows: Any) -> Subset | Iterator:
+    """Rows or fields of the `datasets` library as the stock pipelines stream them: as a torch dataset, or a stream."""
+    return Subset(rows, range(len(rows))) if isinstance(rows, Sized) else (row for row in rows)
 
 
 def _symmetric_views(tiles: torch.Tensor, symmetries: int) -> list[torch.Tensor]:

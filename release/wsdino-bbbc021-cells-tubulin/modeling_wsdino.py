@@ -5,14 +5,13 @@ position embeddings, a CLS token whose final LayerNorm output is the feature. It
 by its position-embedding interpolation and by taking one-channel images (see `layers_wsdino.py`).
 """
 
-import argparse
 import math
-import re
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -23,16 +22,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_wsdino import WSDinoConfig
-from .layers_wsdino import WSDinoAttention, WSDinoEmbeddings, WSDinoLayer
-
-# Parts of our parameter names and of the original DINO's; replaced in this order they map either way.
-DINO_KEYS = (
-    ("embeddings.cls_token", "cls_token"),
-    ("embeddings.position_embeddings", "pos_embed"),
-    ("embeddings.patch_embeddings.", "patch_embed.proj."),
-    ("layers.", "blocks."),
-    (".attention.", ".attn."),
-)
+from .layers_wsdino import WSDinoAttention, WSDinoEmbeddings, WSDinoLayer, WSDinoLayerScale
 
 
 class WSDinoPreTrainedModel(PreTrainedModel):
@@ -90,9 +80,11 @@ class WSDinoPreTrainedModel(PreTrainedModel):
             if module.bias is not None:
                 bound = 1 / math.sqrt(module.weight[0].numel())
                 init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, WSDinoLayerScale):
+            init.ones_(module.gamma)
         elif isinstance(module, WSDinoEmbeddings):
-            init.trunc_normal_(module.cls_token, std=self.config.initializer_range)
-            init.trunc_normal_(module.position_embeddings, std=self.config.initializer_range)
+            for parameter in module.parameters(recurse=False):  # the CLS token, positions and registers
+                init.trunc_normal_(parameter, std=self.config.initializer_range)
 
 
 class WSDinoModel(WSDinoPreTrainedModel):
@@ -127,8 +119,8 @@ class WSDinoModel(WSDinoPreTrainedModel):
         Returns
         -------
         BaseModelOutputWithPooling
-            `last_hidden_state` `(batch, 1 + patches, hidden)` after the final LayerNorm and `pooler_output`
-            `(batch, hidden)`, its CLS token.
+            `last_hidden_state` `(batch, 1 + patches, hidden)` after the final LayerNorm, without registers, and
+            `pooler_output` `(batch, hidden)`, its CLS token.
 
         Raises
         ------
@@ -139,6 +131,8 @@ class WSDinoModel(WSDinoPreTrainedModel):
         for layer in self.layers[:-1]:
             tokens = layer(tokens, False, **kwargs)
         tokens = self.norm(self.layers[-1](tokens, cls_only, **kwargs))
+        if self.config.num_register_tokens and not cls_only:
+            tokens = torch.cat((tokens[:, :1], tokens[:, 1 + self.config.num_register_tokens :]), dim=1)
         return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=tokens[:, 0])
 
     def attention_maps(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -155,7 +149,7 @@ class WSDinoModel(WSDinoPreTrainedModel):
         -------
         torch.Tensor
             `(batch, heads, height / patch, width / patch)`; a map sums to one minus the CLS token's attention
-            to itself.
+            to itself and to the registers.
         """
         tokens = self.embeddings(pixel_values)
         for layer in self.layers[:-1]:
@@ -163,88 +157,21 @@ class WSDinoModel(WSDinoPreTrainedModel):
         last = self.layers[-1]
         query, key, _ = last.attention.project(last.norm1(tokens), cls_only=True)
         weights = nn.functional.softmax(query @ key.transpose(2, 3) * last.attention.scaling, dim=-1)
-        return weights[:, :, 0, 1:].unflatten(-1, (pixel_values.shape[-2] // self.config.patch_size, -1))
+        weights = weights[:, :, 0, 1 + self.config.num_register_tokens :]
+        return weights.unflatten(-1, (pixel_values.shape[-2] // self.config.patch_size, -1))
 
     @classmethod
-    def from_dino_checkpoint(
-        cls, path: str | Path, config: WSDinoConfig | None = None, *, network: str | None = None, **config_kwargs
-    ) -> "WSDinoModel":
-        """Read weights in the layout of the original DINO or WS-DINO code.
+    def from_dino_checkpoint(cls, path: str | Path, *args: Any, **kwargs: Any) -> "WSDinoModel":
+        """The network of a checkpoint file of DINO, DINOv2, WS-DINO, MAE or timm.
 
-        Parameters
-        ----------
-        path : str or Path
-            A `.pth` (read safely, `weights_only`) or `.safetensors` file: the bare backbone (`cls_token`, `pos_embed`,
-            `blocks.0.attn.qkv.weight`, ...), or a full training checkpoint with `teacher` and `student`, whose
-            keys may carry `module.` and `backbone.`. Projection heads and optimiser states are left out.
-        config : WSDinoConfig, optional
-            Source of the values that shapes do not tell; depth, width, patch and image size, MLP ratio and biases
-            always follow the file.
-        network : {"teacher", "student"}, optional
-            Which network of a full checkpoint; by default the teacher where there is one, as DINO evaluates it.
-        **config_kwargs
-            Further config values, such as `channel_names`. Without `num_attention_heads` a head is 64 wide, as
-            in DINO.
-
-        Raises
-        ------
-        ValueError
-            The file is not such a checkpoint; the message is one sentence.
+        See `modeling_wsdino.checkpoint_layouts.read_dino_checkpoint`, whose parameters these are: the package wsdino
+        must be installed.
         """
-        state = read_checkpoint(path)
-        networks = [name for name in ("teacher", "student") if isinstance(state.get(name), dict)]
-        if network not in (None, *networks):
-            raise ValueError(
-                f"{path} holds no {network} network; it holds {' and '.join(networks) or 'bare weights'}."
-            )
-        state = state[network or networks[0]] if networks else state
-        return cls.from_dino_state_dict(state, config, name=str(path), **config_kwargs)
-
-    @classmethod
-    def from_dino_state_dict(
-        cls, state: dict, config: WSDinoConfig | None = None, *, name: str = "the state dict", **config_kwargs
-    ) -> "WSDinoModel":
-        """As `from_dino_checkpoint`, from weights under the original DINO's names; `name` stands in messages."""
-        keys = {key: re.sub(r"^((module|_orig_mod|backbone)\.)+", "", str(key)) for key in state}
-        state = {keys[key]: tensor for key, tensor in state.items() if isinstance(tensor, torch.Tensor)}
-        values = ({} if config is None else config.to_diff_dict()) | config_kwargs
-        if values.get("patch_embedding", "linear") != "linear":
-            raise ValueError(f"{name} holds a linear patch embedding, as all of DINO's: leave out patch_embedding.")
-        try:
-            width, patch = state["cls_token"].shape[-1], state["patch_embed.proj.weight"].shape[-1]
-            ratio = state["blocks.0.mlp.fc1.weight"].shape[0] / width
-            values |= {
-                "hidden_size": width,
-                "num_hidden_layers": sum(key.endswith(".mlp.fc1.weight") for key in state),
-                "mlp_ratio": int(ratio) if ratio.is_integer() else ratio,
-                "patch_size": patch,
-                "image_size": math.isqrt(state["pos_embed"].shape[1] - 1) * patch,
-                "qkv_bias": "blocks.0.attn.qkv.bias" in state,
-            }
-            if config is None:
-                values.setdefault("num_attention_heads", width / 64 if width % 64 else width // 64)
-            model = cls(WSDinoConfig(**values))
-            heads = ("head.", "fc.")
-            model.load_state_dict({from_dino_key(key): state[key] for key in state if not key.startswith(heads)})
-        except (KeyError, IndexError, ZeroDivisionError, RuntimeError) as error:
-            lack = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-            raise ValueError(f"{name} holds no whole DINO vision transformer ({lack[:300]}).") from error
-        return model.eval()
+        return import_module("modeling_wsdino.checkpoint_layouts").read_dino_checkpoint(path, *args, **kwargs)
 
     def to_dino_state_dict(self) -> dict[str, torch.Tensor]:
-        """The weights under the original DINO's names, as `from_dino_checkpoint` and the original code read them.
-
-        Raises
-        ------
-        ValueError
-            The patch embedding is convolutional, for which that layout has no place.
-        """
-        if self.config.patch_embedding != "linear":
-            raise ValueError(
-                "the original DINO's layout has no place for a convolutional patch embedding: keep this network as a "
-                "repository folder or export it to ONNX."
-            )
-        return {to_dino_key(key): tensor.detach().cpu() for key, tensor in self.state_dict().items()}
+        """The weights under the original DINO's names; the package wsdino must be installed."""
+        return import_module("modeling_wsdino.checkpoint_layouts").to_dino_state_dict(self)
 
 
 class WSDinoMultiChannelModel(WSDinoPreTrainedModel):
@@ -314,36 +241,6 @@ class WSDinoMultiChannelModel(WSDinoPreTrainedModel):
 def _side_by_side(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
     """Towers' tensors as one, on the first tower's device: `device_map="auto"` may spread towers over several GPUs."""
     return torch.cat([part.to(parts[0].device) for part in parts], dim=dim)
-
-
-def to_dino_key(key: str) -> str:
-    """Our parameter name in the original DINO's words."""
-    for ours, theirs in DINO_KEYS:
-        key = key.replace(ours, theirs)
-    return key
-
-
-def from_dino_key(key: str) -> str:
-    """The original DINO's parameter name in our words."""
-    for ours, theirs in DINO_KEYS:
-        key = key.replace(theirs, ours)
-    return key
-
-
-def read_checkpoint(path: str | Path) -> dict:
-    """The content of a `.pth`, `.bin` or `.safetensors` file, read without executing any of it."""
-    try:
-        if Path(path).suffix == ".safetensors":
-            return load_file(path)
-        # Full DINO checkpoints keep their arguments as a Namespace, a harmless class.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # both libraries raise whatever their parsing meets
-        reason = (str(error).strip().splitlines() or ["it is empty"])[0]
-        raise ValueError(f"{path} cannot be read safely as a checkpoint ({reason}).") from error
-    if not isinstance(checkpoint, dict):
-        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, not a state dict: save model.state_dict().")
-    return checkpoint
 
 
 __all__ = ["WSDinoModel", "WSDinoMultiChannelModel", "WSDinoPreTrainedModel"]

@@ -65,52 +65,58 @@ class WSDinoConvolutionalStem(nn.Module):
 
 
 class WSDinoEmbeddings(nn.Module):
-    """Images `(batch, channels, height, width)` to tokens `(batch, 1 + patches, hidden)` that know their positions."""
+    """Images `(batch, channels, height, width)` to tokens that know their positions: CLS, registers, patches."""
 
     def __init__(self, config: WSDinoConfig) -> None:
         super().__init__()
-        self.patch_size = config.patch_size
+        self.patch_size, self.interpolation = config.patch_size, config.position_interpolation
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         num_patches = (config.image_size // config.patch_size) ** 2
         self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + num_patches, config.hidden_size))
+        if config.num_register_tokens:
+            self.register_tokens = nn.Parameter(torch.zeros(1, config.num_register_tokens, config.hidden_size))
         stem = config.patch_embedding == "convolutional"
         self.patch_embeddings = WSDinoConvolutionalStem(config) if stem else WSDinoPatchEmbeddings(config)
 
     def interpolate_position_embeddings(self, height: int, width: int) -> torch.Tensor:
         """Position embeddings `(1, 1 + patches, hidden)` for an image of `height` by `width` pixels.
 
-        As in the original DINO: bicubic, with scale factors `(n + 0.1) / sqrt(N)`. Transformers' `ViTModel` and
-        `Dinov2Model` resize to the output size instead, which samples slightly different places.
+        Bicubic, in one of three ways that sample slightly different places: with scale factors `(n + 0.1) / sqrt(N)`
+        as in the original DINO, resized to the output size, or that with antialiasing.
         """
         table = self.position_embeddings
-        num_patches = (height // self.patch_size) * (width // self.patch_size)
-        if num_patches == table.shape[1] - 1 and height == width:
+        rows, columns = height // self.patch_size, width // self.patch_size
+        if rows * columns == table.shape[1] - 1 and height == width:
             return table
         side = math.isqrt(table.shape[1] - 1)
         grid = table[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
-        scale_factor = ((height // self.patch_size + 0.1) / side, (width // self.patch_size + 0.1) / side)
+        if self.interpolation == "dino":
+            size = {"scale_factor": ((rows + 0.1) / side, (columns + 0.1) / side)}
+        else:
+            size = {"size": (rows, columns), "antialias": self.interpolation == "antialias"}
         # Bicubic weights in half precision would shift the embeddings.
-        grid = nn.functional.interpolate(grid.float(), scale_factor=scale_factor, mode="bicubic").to(table.dtype)
-        return torch.cat((table[:, :1], grid.permute(0, 2, 3, 1).reshape(1, num_patches, -1)), dim=1)
+        grid = nn.functional.interpolate(grid.float(), mode="bicubic", **size).to(table.dtype)
+        return torch.cat((table[:, :1], grid.permute(0, 2, 3, 1).reshape(1, rows * columns, -1)), dim=1)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        if pixel_values.ndim != 4:
+        shape, patch = tuple(pixel_values.shape), self.patch_size
+        if len(shape) != 4 or shape[1] not in (1, 3):
             raise ValueError(
-                f"pixel_values must be (batch, channels, height, width), but is {tuple(pixel_values.shape)}: "
-                "add the missing dimensions or flatten tiles into the batch."
+                "pixel_values must be (batch, channels, height, width) with 1 channel (gray) or 3 (its replicas), but "
+                f"is {shape}."
             )
-        _, channels, height, width = pixel_values.shape
-        if channels not in (1, 3):
-            raise ValueError(f"pixel_values has {channels} channels, but a tower takes 1 (gray) or 3 (its replicas).")
-        patch = self.patch_size
-        if height % patch or width % patch or height == 0 or width == 0:
+        if 0 in shape[2:] or shape[2] % patch or shape[3] % patch:
             raise ValueError(
-                f"an image of {height}x{width} pixels does not divide into patches of {patch}x{patch}: "
+                f"an image of {shape[2]}x{shape[3]} pixels does not divide into patches of {patch}x{patch}: "
                 f"crop it to multiples of {patch}."
             )
         patches = self.patch_embeddings(pixel_values)
         tokens = torch.cat((self.cls_token.expand(patches.shape[0], -1, -1), patches), dim=1)
-        return tokens + self.interpolate_position_embeddings(height, width)
+        tokens = tokens + self.interpolate_position_embeddings(*shape[2:])
+        if not hasattr(self, "register_tokens"):
+            return tokens
+        registers = self.register_tokens.expand(patches.shape[0], -1, -1)
+        return torch.cat((tokens[:, :1], registers, tokens[:, 1:]), dim=1)
 
 
 def eager_attention_forward(
@@ -169,15 +175,32 @@ class WSDinoAttention(nn.Module):
 
 
 class WSDinoMLP(nn.Module):
-    """Two linear layers with an exact GELU between."""
+    """Two linear layers with an exact GELU between, or a SiLU gate, which is the first half of the first layer."""
 
     def __init__(self, config: WSDinoConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, int(config.hidden_size * config.mlp_ratio))
-        self.fc2 = nn.Linear(int(config.hidden_size * config.mlp_ratio), config.hidden_size)
+        units = int(config.hidden_size * config.mlp_ratio + 1e-6)  # a ratio read from a file is a rounded quotient
+        self.gated = config.mlp_type == "swiglu"
+        self.fc1 = nn.Linear(config.hidden_size, units * (1 + self.gated))
+        self.fc2 = nn.Linear(units, config.hidden_size)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.fc2(nn.functional.gelu(self.fc1(tokens)))
+        hidden = self.fc1(tokens)
+        if not self.gated:
+            return self.fc2(nn.functional.gelu(hidden))
+        gate, value = hidden.chunk(2, dim=-1)
+        return self.fc2(nn.functional.silu(gate) * value)
+
+
+class WSDinoLayerScale(nn.Module):
+    """A learned factor for each feature of a residual branch ("Going deeper with Image Transformers", 2103.17239)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width))
+
+    def forward(self, branch: torch.Tensor) -> torch.Tensor:
+        return branch * self.gamma
 
 
 class WSDinoDropPath(nn.Module):
@@ -204,11 +227,14 @@ class WSDinoLayer(GradientCheckpointingLayer):
         self.attention = WSDinoAttention(config)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = WSDinoMLP(config)
+        self.scale1, self.scale2 = (
+            WSDinoLayerScale(config.hidden_size) if config.layer_scale else nn.Identity() for _ in range(2)
+        )
         self.drop_path = WSDinoDropPath(drop_path_rate)
 
     def forward(
         self, tokens: torch.Tensor, cls_only: bool = False, **kwargs: Unpack[TransformersKwargs]
     ) -> torch.Tensor:
         attended, _ = self.attention(self.norm1(tokens), cls_only, **kwargs)
-        tokens = (tokens[:, :1] if cls_only else tokens) + self.drop_path(attended)
-        return tokens + self.drop_path(self.mlp(self.norm2(tokens)))
+        tokens = (tokens[:, :1] if cls_only else tokens) + self.drop_path(self.scale1(attended))
+        return tokens + self.drop_path(self.scale2(self.mlp(self.norm2(tokens))))
