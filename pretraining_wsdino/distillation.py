@@ -1,6 +1,7 @@
 """DINO's self-distillation: projection head, loss with a moving centre or Sinkhorn, EMA teacher."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed
@@ -63,6 +64,9 @@ class MultiCropNetwork(nn.Module):
 
     `backbone(pixel_values, cls_only=True).pooler_output` must give `(n, dim)`.
     """
+
+    backbone: Any
+    head: Any
 
     def __init__(self, backbone: nn.Module, head: nn.Module):
         super().__init__()
@@ -152,6 +156,8 @@ class DinoLoss(nn.Module):
         Whether the student's views begin with the teacher's (the paper, DINO), so that no view is compared with
         itself, or are all its own.
     """
+
+    center: torch.Tensor
 
     def __init__(
         self,

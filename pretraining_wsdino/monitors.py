@@ -20,6 +20,9 @@ def participation_ratio(features: torch.Tensor) -> float:
 class FeatureWindow(nn.Module):
     """The last `length` teacher features, kept to watch their participation ratio; saved with the training state."""
 
+    features: torch.Tensor
+    seen: torch.Tensor
+
     def __init__(self, length: int, dim: int):
         super().__init__()
         self.register_buffer("features", torch.zeros(length, dim))

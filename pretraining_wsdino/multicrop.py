@@ -42,7 +42,7 @@ class CropSpec:
 
     count: int
     size: int
-    area: tuple[float, float]
+    area: tuple[float, ...]
     flip: float = 0.5
     transpose: float = 0.0
     brightness_sd: float = 0.0
@@ -129,7 +129,8 @@ def bicubic_taps(
     weights = ((c[3] * t + c[2]) * t + c[1]) * t + c[0]
     taps = torch.arange(-1, 3, dtype=torch.int32, device=device)[:, None] + first.int().view(1, -1)
     taps = torch.minimum(taps.clamp_(min=0), (length - 1).int().view(-1).repeat_interleave(size))
-    return tuple(transposed(each.view(1, 4, -1)).view(*place.shape, 4) for each in (taps, weights))
+    taps, weights = (transposed(each.view(1, 4, -1)).view(*place.shape, 4) for each in (taps, weights))
+    return taps, weights
 
 
 def transposed(images: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ processes draw the same slot (the released code's did), and resuming at step n c
 
 from collections.abc import Iterator, Sequence
 from mmap import mmap
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -52,6 +52,16 @@ class Stratum(NamedTuple):
     counts: np.ndarray  # how many it has there
     unlabelled: np.ndarray  # rows that train as their own partner
     unlabelled_share: float
+
+
+class PairDraws(Protocol):
+    """Draws the pairs of any step without state; `rows` are the images that may be drawn."""
+
+    rows: np.ndarray
+
+    def draw(self, step: int, size: int) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
+        """Row numbers of anchors and partners of a global batch, and counted fallbacks."""
+        ...
 
 
 class WeakLabelPairSampler:
@@ -205,7 +215,8 @@ class WeakLabelPairSampler:
         u = random.random((4, size))
         stratum = self.strata[np.searchsorted(self.stratum_ends, random.random(), side="right")]
         anchors = np.full(size, -1, dtype=np.int64)
-        partners, fallbacks = anchors.copy(), {}
+        partners = anchors.copy()
+        fallbacks: dict[str, int] = {}
         if len(stratum.order):
             label = (u[0] * len(stratum.counts)).astype(np.int64)
             within = (u[1] * stratum.counts[label]).astype(np.int64)
@@ -265,7 +276,7 @@ class PairBatchSampler(Sampler):
 
     def __init__(
         self,
-        pairs: WeakLabelPairSampler,
+        pairs: PairDraws,
         *,
         batch_size: int,
         total_steps: int,
@@ -352,12 +363,12 @@ class WeakLabelPairCollator:
             `{"windows": (views * batch, tallest, widest) uint16 or uint8, zero-padded, "sizes": (views * batch, 2),
             "flips": (views * batch, 3) bool, "log_gains": (views * batch,) float32}` as `resize_windows` takes them.
         """
-        chosen = {"global": [], "local": []}
+        chosen: dict[str, list] = {"global": [], "local": []}
         for pair, anchor, partner in items:
             random = keyed_generator(self.seed, CROP_STREAM, pair.step, pair.slot)
             for part, spec, plane in (("global", self.global_crops, anchor), ("local", self.local_crops, partner)):
                 chosen[part].append((plane, draw_boxes(random, spec, plane.shape), draw_log_gains(random, spec)))
-        batch = {part: self._windows(rows) for part, rows in chosen.items() if len(rows[0][1])}
+        batch: dict[str, Any] = {part: self._windows(rows) for part, rows in chosen.items() if len(rows[0][1])}
         batch["anchors"] = torch.tensor([pair.anchor for pair, _, _ in items])
         batch["fallbacks"] = items[0][0].fallbacks
         return batch

@@ -6,11 +6,10 @@ the other optics. No real image and nobody's label takes part. The idea of pretr
 known is formula-driven supervised learning (Kataoka et al. 2022, arXiv 2206.09132).
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import ArrayLike
 from torch import nn
 
 from wsdino.errors import UserError
@@ -44,23 +43,21 @@ class PhenotypeGroupSampler:
         A block that cannot be divided into groups, or too few phenotypes with cells under both optics.
     """
 
-    def __init__(
-        self, phenotypes: Sequence[int], optics: Sequence[int], *, block: int, group_size: int = 2, seed: int = 0
-    ):
+    def __init__(self, phenotypes: ArrayLike, optics: ArrayLike, *, block: int, group_size: int = 2, seed: int = 0):
         if block % (2 * group_size):
             raise UserError(
                 f"A batch of {block} cells is not a multiple of 2 x {group_size} cells: choose one that is."
             )
         self.block, self.group_size, self.seed = block, group_size, seed
         self.groups = block // (2 * group_size)
-        phenotypes, optics = np.asarray(phenotypes), np.asarray(optics)
-        order = np.lexsort((optics, phenotypes))
-        _, code = np.unique(phenotypes, return_inverse=True)
-        key = code[order] * 2 + optics[order]
+        under = np.asarray(optics)
+        _, code = np.unique(np.asarray(phenotypes), return_inverse=True)
+        order = np.lexsort((under, code))
+        key = code[order] * 2 + under[order]
         # Row p of starts and counts: where the cells of the p-th phenotype begin in `order`, under either optics.
         counts = np.bincount(key, minlength=2 * (code.max(initial=-1) + 1)).reshape(-1, 2)
         starts = (np.cumsum(counts) - counts.ravel()).reshape(-1, 2)
-        whole = (counts > 0).all(axis=1)
+        whole = np.all(counts > 0, axis=1)
         self.order, self.starts, self.counts = order, starts[whole], counts[whole]
         self.rows = np.sort(order[whole[code[order]]])
         if len(self.counts) < self.groups:

@@ -49,7 +49,7 @@ class SelfDistillation(Objective):
     def __init__(
         self,
         settings: TrainingSettings,
-        make_backbone: Callable[[float], nn.Module],
+        make_backbone: Callable[[float], Any],
         data: StepData,
         max_intensity: float,
     ):
@@ -78,7 +78,7 @@ class SelfDistillation(Objective):
         )
         self.features = FeatureWindow(1024, student.backbone.config.hidden_size)
 
-    def _network(self, backbone: nn.Module) -> MultiCropNetwork:
+    def _network(self, backbone: Any) -> MultiCropNetwork:
         s = self.settings
         torch.manual_seed(s.seed + 1)
         head = DinoHead(

@@ -2,26 +2,15 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset
 
 from wsdino.errors import UserError
 
 from .multicrop import CropSpec
-from .pairs import LABEL_STREAM, PlanePairs, WeakLabelPairCollator, WeakLabelPairSampler, keyed_generator
+from .pairs import LABEL_STREAM, PairDraws, PlanePairs, WeakLabelPairCollator, WeakLabelPairSampler, keyed_generator
 from .settings import PRESETS, TrainingSettings
-
-
-class PairDraws(Protocol):
-    """Draws the pairs of any step without state; `rows` are the images that may be drawn."""
-
-    rows: np.ndarray
-
-    def draw(self, step: int, size: int) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
-        """Row numbers of anchors and partners of a global batch, and counted fallbacks."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -30,14 +19,14 @@ class StepData:
 
     Attributes
     ----------
-    images : Dataset
+    images : PlanePairs
         Indexed by `Pair`.
     pairs : PairDraws
     collate : callable
         A list of items to a batch.
     """
 
-    images: Dataset
+    images: PlanePairs
     pairs: PairDraws
     collate: Callable[[Sequence[Any]], dict[str, Any]]
 
@@ -92,7 +81,7 @@ def weak_label_pairs(
     groups = {name: columns[name] for name in ("plate", "batch") if name in columns}
     if {"plate", "well"} <= set(columns):
         groups["well"] = [f"{plate}/{well}" for plate, well in zip(columns["plate"], columns["well"], strict=True)]
-    used = {"pair_constraint": s.pair_constraint, "anchor_group": s.anchor_group}
+    used: dict[str, Any] = {"pair_constraint": s.pair_constraint, "anchor_group": s.anchor_group}
     for name, loose in (("pair_constraint", "image"), ("anchor_group", "none")):
         value = used[name]
         if value == PRESETS[s.preset].get(name) and value in ("well", "plate", "batch") and value not in groups:

@@ -33,7 +33,7 @@ class Supervised(Objective):
     def __init__(
         self,
         settings: TrainingSettings,
-        make_backbone: Callable[[float], nn.Module],
+        make_backbone: Callable[[float], Any],
         pairs: WeakLabelPairSampler,
         max_intensity: float,
     ):

@@ -56,7 +56,7 @@ class Objective(Protocol):
         Everything that the optimiser moves; its `backbone` becomes the model. The trainer prepares it.
     """
 
-    network: nn.Module
+    network: Any
 
     def prepare(self, accelerator: Accelerator, network: nn.Module) -> None:
         """Move what stands beside the prepared network (a teacher, a centre) to the device and into checkpoints."""
@@ -184,12 +184,12 @@ class Trainer:
         """Steps from `first_step` to the last; False when a process was asked to stop."""
         s = self.settings
         steps = self._batches(first_step)
-        micro_batches = next(steps, None)
+        micro_batches = next(steps, [])
         window, since, line, unread = [], time.perf_counter(), {}, []
         for step in range(first_step, self.last_step):
             monitors = self.step(step, micro_batches)
             fallbacks = micro_batches[0]["fallbacks"]
-            micro_batches = next(steps, None)  # cut while the device works
+            micro_batches = next(steps, [])  # cut while the device works
             window.append((monitors, fallbacks))
             unread.append((step, self._told(monitors["loss"], interruption)))
             bar.update()
@@ -206,7 +206,7 @@ class Trainer:
                 bar.set_postfix(loss=f"{line['loss']:.3f}", pairs_s=f"{line['pairs_per_second']:.1f}")
                 window, since = [], time.perf_counter()
             if self.score and self.eval_every and rest == 0 and epochs_done % self.eval_every == 0:
-                self._evaluate(step, bar)
+                self._evaluate(self.score, step, bar)
                 since = time.perf_counter()
             if stopped or due:
                 self.checkpoints.save(step + 1)
@@ -312,8 +312,8 @@ class Trainer:
     def _log(self, step: int, window: list[tuple[Monitors, dict[str, int]]], seconds: float) -> dict[str, Any]:
         """One line of metrics.jsonl: means over the steps since the last line and over the processes."""
         names = list(window[0][0])
-        means = torch.stack([torch.stack([one[name].float() for name in names]) for one, _ in window]).mean(0)
-        means = dict(zip(names, self.accelerator.reduce(means, reduction="mean").tolist(), strict=True))
+        own = torch.stack([torch.stack([one[name].float() for name in names]) for one, _ in window]).mean(0)
+        means = dict(zip(names, self.accelerator.reduce(own, reduction="mean").tolist(), strict=True))
         fallbacks: dict[str, int] = {}
         for _, counts in window:
             for level, count in counts.items():
@@ -330,11 +330,11 @@ class Trainer:
         self.log.append(line)
         return line
 
-    def _evaluate(self, step: int, bar: Any) -> None:
+    def _evaluate(self, score: Callable[[nn.Module], dict[str, Any]], step: int, bar: Any) -> None:
         """Score the model, for which all processes share the work, into a line of metrics.jsonl."""
         model = self.objective.model()
         training = model.training
-        scores = self.score(model)
+        scores = score(model)
         model.train(training)
         if self.accelerator.is_main_process:
             line = {"step": step + 1, "epoch": (step + 1) / self.steps_per_epoch, **scores}

@@ -109,10 +109,10 @@ def test_its_steps_equal_those_of_the_packages(example, tiny_screen, monkeypatch
         loss = train_step(student, teacher, center, optimizer, global_views, local_views, batch, momentum)
         losses.append(loss)
         if step < 3:
-            targets, _ = ours["teacher"]([global_views])
-            logits, _ = ours["student"]([global_views, local_views])
-            with monkeypatch.context() as patch:  # the loss insists on single precision
+            with monkeypatch.context() as patch:  # head and loss insist on single precision
                 patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+                targets, _ = ours["teacher"]([global_views])
+                logits, _ = ours["student"]([global_views, local_views])
                 expected, _ = ours["loss"](logits, targets, batch, 0.04)
             ours["optimizer"].zero_grad()
             expected.backward()

@@ -392,7 +392,7 @@ def test_where_a_gpu_is_left_alone_nothing_asks_for_it(tiny_screen, tmp_path, mo
     trainer = train_accelerate.channel_trainer(settings, "tubulin", fields)
     trainer.log.open(0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    trainer._evaluate(0, tqdm(disable=True))
+    trainer._evaluate(trainer.score, 0, tqdm(disable=True))
     assert {parameter.device.type for parameter in trainer.objective.teacher.parameters()} == {"cpu"}
     assert "nsc" in lines(tmp_path, "tubulin")[-1]
     with pytest.raises(UserError, match="fp16 needs a GPU"):
