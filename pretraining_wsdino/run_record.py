@@ -95,7 +95,7 @@ def begun_run(
     Raises
     ------
     UserError
-        On every process, where another training holds the folder or has begun a run there meanwhile.
+        On every process, where another training holds the folder or has started a run there meanwhile.
     """
     run, launch = RunFolder(settings.output_dir), describe_launch(state)
     sentence = f"another training is writing {run}: wait for its end, or give another --output_dir."

@@ -115,7 +115,7 @@ def weak_label_pairs(
 
 
 def shuffled_labels(labels: Sequence[str | None], eligible: Sequence[bool] | None, seed: int) -> list[str | None]:
-    """The labels of the images that may train, dealt at random among these images; the same for every channel.
+    """The labels of the images that may train, permuted among these images; the same for every channel.
 
     Parameters
     ----------
@@ -127,7 +127,7 @@ def shuffled_labels(labels: Sequence[str | None], eligible: Sequence[bool] | Non
         Of the run.
     """
     rows = np.arange(len(labels)) if eligible is None else np.flatnonzero(eligible)
-    dealt = list(labels)
+    permuted = list(labels)
     for row, other in zip(rows, keyed_generator(seed, LABEL_STREAM, 0).permutation(rows), strict=True):
-        dealt[row] = labels[other]
-    return dealt
+        permuted[row] = labels[other]
+    return permuted

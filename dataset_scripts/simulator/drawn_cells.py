@@ -2,7 +2,7 @@
 
 The folder holds parts of 100 phenotypes, `part-00000.npz` and so on, each written whole. A phenotype's cells depend on
 the seed and on its own number alone, so the cache does not depend on how many processes drew it, and an interrupted
-drawing goes on where it stopped.
+drawing continues where it stopped.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def open_drawn_cells(folder: str | Path, channel: str) -> DrawnCells:
     parts = []
     for _, path in _part_paths(settings, folder):
         if not path.exists():
-            raise UserError(f"{path} is absent: draw the cells again, which goes on where it stopped.")
+            raise UserError(f"{path} is absent: draw the cells again, which continues where it stopped.")
         with np.load(path) as part:
             parts.append({name: part[name] for name in (channel, "phenotype", "optics", "numbers")})
     planes, phenotype, optics, numbers = (

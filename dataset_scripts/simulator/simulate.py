@@ -47,7 +47,7 @@ def simulate_screen(
     Parameters
     ----------
     folder : path
-        Made if missing. A finished simulation of the same design and seed is left as it is; an unfinished one is
+        Made if missing. A finished simulation of the same design and seed is not changed; an unfinished one is
         finished.
     size : str
         Name of a design in :data:`SCREEN_SIZES`: "tiny", "demo" or "full".
