@@ -178,7 +178,7 @@ class TrainingSettings(LoopSettings):
         "distillation", "Self-distillation (the paper), or cross-entropy of the weak label: the bound to compare with."
     )
     weak_label: str = setting("compound", "none (plain DINO), treatment, compound, moa, or any column of the dataset.")
-    shuffle_labels: bool = setting(False, "Deal the weak labels at random among the images: the negative control.")
+    shuffle_labels: bool = setting(False, "Permute the weak labels among the images: the negative control.")
     group_size: int = setting(
         1,
         "1 makes pairs (the paper); with k > 1 a step takes groups of k images of one weak label, with one target.",
