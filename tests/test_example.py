@@ -52,12 +52,13 @@ def dino_names(vit):
     return {name: value.clone() for name, value in renamed.items()}
 
 
-def copied(network):
+def copied(network, path):
     """The same weights in the classes of the packages."""
     head = DinoHead(96, 1024, 256, 64)
     weights = {name.replace("prototypes.", "last_layer."): value for name, value in network.state_dict().items()}
     head.load_state_dict({name: value for name, value in weights.items() if not name.startswith("backbone")})
-    backbone = WSDinoModel.from_dino_state_dict(dino_names(network.backbone), num_attention_heads=3)
+    torch.save(dino_names(network.backbone), path)
+    backbone = WSDinoModel.from_dino_checkpoint(path, num_attention_heads=3)
     return MultiCropNetwork(backbone, head)
 
 
@@ -82,7 +83,7 @@ def precision(dtype):
         torch.set_default_dtype(before)
 
 
-def test_its_steps_equal_those_of_the_packages(example, tiny_screen, monkeypatch, capsys):
+def test_its_steps_equal_those_of_the_packages(example, tiny_screen, monkeypatch, capsys, tmp_path):
     """Crops, then three steps' losses and weights within 1e-5; the run continues to its end."""
     crops, train_step, ours, losses = example.crops, example.train_step, {}, []
 
@@ -103,7 +104,7 @@ def test_its_steps_equal_those_of_the_packages(example, tiny_screen, monkeypatch
     def compared_step(student, teacher, center, optimizer, global_views, local_views, batch, momentum):
         step = len(losses)
         if step == 0:
-            ours.update(student=copied(student), teacher=copied(teacher).requires_grad_(False))
+            ours["student"], ours["teacher"] = (copied(one, tmp_path / "weights.pth") for one in (student, teacher))
             ours["loss"] = DinoLoss(1024, student_temperature=0.07, center_momentum=0.8)
             ours["optimizer"] = torch.optim.AdamW(ours["student"].parameters(), lr=5e-4, weight_decay=0.0)
         loss = train_step(student, teacher, center, optimizer, global_views, local_views, batch, momentum)
