@@ -130,7 +130,7 @@ def _steps(text: str) -> int | None:
     return int(text) if text.isdigit() and int(text) > 1 else None
 
 
-def check_precision(precision: str, device: torch.device) -> None:
+def check_precision(precision: str | None, device: torch.device) -> None:
     """Refuse a precision that the device does not compute in: `UserError` naming the flag."""
     on_gpu = device.type == "cuda"
     if precision == "bf16" and not (on_gpu or torch.cpu._is_avx512_bf16_supported()):
