@@ -242,20 +242,36 @@ IMAGE_LINE = "1,1,{dna},{folder},B02_s1_w2.tif,Week1/Week1_1,B02_s1_w4.tif,Week1
 
 
 @pytest.mark.parametrize(
+    ("dna", "folder"),
+    [
+        ("B02_s1_w1.tif", "../../outside"),
+        ("../B02_s1_w1.tif", "Week1"),
+        ("..\\..\\..\\B02_s1_w1.tif", "Week1"),
+        ("B02_s1_w1.tif", "C:\\Week1"),
+    ],
+)
+def test_a_plate_map_writes_images_inside_the_folder_only(tmp_path, dna, folder):
+    """Whatever leads out of it is dropped from a path, as for the paths of other machines."""
+    image, moa = tmp_path / "image.csv", tmp_path / "moa.csv"
+    image.write_text(",".join(HEADER) + "\n" + IMAGE_LINE.format(dna=dna, folder=folder) + "\n")
+    moa.write_text('"compound",concentration,"moa"\n"DMSO",0.0,"DMSO"\n')
+    main([str(tmp_path / "a" / "raw"), "--plate_map", str(image), str(moa), "--image_size", "40", "48"])
+    assert {path.name for path in tmp_path.iterdir()} == {"image.csv", "moa.csv", "a"}
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["raw"]
+    assert len(list((tmp_path / "a" / "raw").rglob("*.tif"))) == 3
+
+
+@pytest.mark.parametrize(
     ("dna", "folder", "message"),
     [
-        ("B02_s1_w1.tif", "../../outside", "leads out of the image folder"),
-        ("../B02_s1_w1.tif", "Week1", "leads out of the image folder"),
-        ("..\\..\\..\\B02_s1_w1.tif", "Week1", "leads out of the image folder"),
-        ("B02_s1_w1.tif", "C:\\Week1", "leads out of the image folder"),
-        ("B02_s1_w1\0.tif", "Week1", "leads out of the image folder|cannot be read as CSV"),
+        ("B02_s1_w1\0.tif", "Week1", "the dna file|cannot be read as CSV"),
         ("", "Week1", "no site number"),
         ("B02_s1_w1.tif", "Week1,,Week1", "no tubulin image is named"),
         ("BBBC021_v1_moa_s1_.csv", "", "is not the name of a TIFF"),
         ("simulation_s1_.json", "", "is not the name of a TIFF"),
     ],
 )
-def test_a_plate_map_writes_images_inside_the_folder_only(tmp_path, dna, folder, message, capsys):
+def test_a_plate_map_that_names_no_image_to_draw_is_refused(tmp_path, dna, folder, message, capsys):
     image, moa = tmp_path / "image.csv", tmp_path / "moa.csv"
     line = IMAGE_LINE.format(dna=dna, folder=folder)
     if folder.count(","):  # it names the tubulin image as well
