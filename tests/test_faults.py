@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import train_accelerate
 from benchmarks.kill_and_resume import FLAGS, kill_and_resume
-from pretraining_wsdino import metrics_log, run_record
+from pretraining_wsdino import metrics_log
 
 ROOT = Path(__file__).parents[1]
 
@@ -144,7 +144,7 @@ def test_two_trainings_of_one_run_folder_do_not_harm_each_other(tiny_screen, tmp
 
 def test_a_second_run_that_began_at_the_same_moment_is_refused(tiny_screen, tmp_path, capsys, monkeypatch):
     """Both found no run in the folder; the other one was first to write there."""
-    write = run_record.recorded_run
+    write = train_accelerate.recorded_run
 
     def as_the_other_begins(arguments):
         found = write(arguments)
@@ -153,7 +153,7 @@ def test_a_second_run_that_began_at_the_same_moment_is_refused(tiny_screen, tmp_
             (tmp_path / "run" / "settings.json").write_text("{}")
         return found
 
-    monkeypatch.setattr(run_record, "recorded_run", as_the_other_begins)
+    monkeypatch.setattr(train_accelerate, "recorded_run", as_the_other_begins)
     with pytest.raises(SystemExit) as ended:
         train(tiny_screen, tmp_path / "run")
     assert ended.value.code == 2 and "already holds a run" in capsys.readouterr().err
