@@ -54,7 +54,7 @@ def damage(path, kind):
     elif kind == "8-bit":
         Image.fromarray((plane >> 8).astype(np.uint8)).save(path)
     elif kind == "float":
-        Image.fromarray(plane.astype(np.float32)).save(path)
+        Image.fromarray(plane.astype(np.float32) / 3).save(path)  # whole numbers would be read
     elif kind == "wrong size":
         Image.fromarray(plane[:-2]).save(path)
     elif kind == "colour":
