@@ -73,7 +73,8 @@ def understand(
     if given is None and settings.columns:
         given = ScreenColumns.from_json(settings.columns)
     if table is not None:
-        screen = Screen(table, given or ScreenColumns(), "table", source.notes)
+        text = table.astype(object).where(table.notna(), "").astype(str)  # as a table that was read from a file
+        screen = Screen(text, given or ScreenColumns(), "table", source.notes)
     elif given is not None:
         table = read_tables(paths or find_table(IMAGE_TABLE, raw), "image table", source.notes, settings.encoding)
         screen = Screen(table, given, "columns", source.notes)
