@@ -109,7 +109,7 @@ def _read(path: Path, what: str, notes: list[str], encoding: str | None) -> pd.D
         blank &= table[column] == ""
     table = table[~blank]
     table[LINE] = table.index.astype("int32")
-    table[FILE] = pd.Categorical([str(path)]).repeat(len(table))
+    table[FILE] = pd.Categorical([str(path)], ["", str(path)]).repeat(len(table))
     return table.reset_index(drop=True)
 
 
