@@ -77,8 +77,9 @@ def not_same_compound(profiles, moas, compounds, batches=None, *, plates=None, m
     for name, value in {"metric": metric, "batch_rule": batch_rule, "invalid": invalid}.items():
         if value not in _OPTIONS[name]:
             raise ValueError(f"{name} is {value!r}: choose one of {', '.join(_OPTIONS[name])}.")
-    if k not in range(1, 2**31):
+    if isinstance(k, bool) or not isinstance(k, int | float | np.number) or not 1 <= k < 2**31 or int(k) != k:
         raise ValueError(f"k is {k!r}: give a whole number of neighbours, at least 1.")
+    k = int(k)
     try:
         profiles = np.asarray(profiles, dtype=np.float64)
     except (TypeError, ValueError):
