@@ -19,7 +19,7 @@ from wsdino.errors import UserError
 
 from ..plate_maps import with_wells
 from ..screen import ScreenColumns
-from ..tables import FILE
+from ..tables import FILE, read_tables
 
 # An image of a microscope; many write small previews beside.
 IMAGE = re.compile(r"(?!.*_thumb[^/]*$).*\.(tiff?|png|jp2)", re.IGNORECASE)
@@ -64,6 +64,11 @@ class Source:
             prefix = f"{inside.as_posix()}/" if inside.parts else ""
             found += [prefix + name for name in (*names, *zarrs) if not name.startswith(".")]
         return sorted(found)
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """The rows of the tables that were named: which layout they are of, their columns say."""
+        return read_tables(self.tables, "image table", self.notes, self.encoding)
 
     def matching(self, pattern: str) -> list[str]:
         """The files whose whole relative path fits a regular expression, without regard to case."""
@@ -138,7 +143,8 @@ def read_layout(source: Source, layout: str = "auto") -> Screen:
         raise UserError(f"folder {source.raw} of raw images does not exist: give the folder that holds them")
     layouts = _layouts()
     if layout == "auto" and (source.tables or source.pattern):
-        layout = ("bbbc021" if official(source.tables) else "load_data") if source.tables else "folder"
+        official = bool(source.tables) and ScreenColumns().plate in source.table.columns
+        layout = "bbbc021" if official else "load_data" if source.tables else "folder"
     elif layout == "auto":
         layout = next((name for name, each in layouts.items() if each.known_by and source.matching(each.known_by)), "")
     if layout not in layouts:
@@ -148,14 +154,6 @@ def read_layout(source: Source, layout: str = "auto") -> Screen:
             "are named with --layout folder --pattern (docs/your_screen.md)"
         )
     return replace(layouts[layout].read(source), layout=layout, notes=source.notes)
-
-
-def official(tables: list[Path]) -> bool:
-    """Whether an image table has the columns of BBBC021's official one, whatever its name."""
-    try:
-        return bool(tables) and ScreenColumns().plate in pd.read_csv(tables[0], nrows=0).columns
-    except (OSError, ValueError, UnicodeDecodeError):
-        return False  # not a text table: the layout that reads it says what is wrong
 
 
 def channel_name(text: str) -> str:

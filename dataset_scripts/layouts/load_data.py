@@ -25,7 +25,7 @@ def bbbc021(source: Source) -> Screen:
     paths = source.tables or [source.raw / file for file in source.matching(r"BBBC021_v1_image\.csv(\.gz)?")[:1]]
     if not paths:
         raise UserError(f"{source.raw} holds no BBBC021_v1_image.csv (or .gz): put it there, or name it (--image_csv)")
-    table = read_tables(paths, "image table", source.notes, source.encoding)
+    table = _rows(source, paths)
     beside = [path for folder in {source.raw, Path(paths[0]).parent} for path in folder.glob("BBBC021_v1_moa.csv*")]
     return Screen(table, ScreenColumns(moa=None if beside else roles(table.columns).get("moa")))
 
@@ -35,7 +35,7 @@ def load_data(source: Source) -> Screen:
     paths = source.tables or _preferred(source, LOAD_DATA)
     if not paths:
         raise UserError(f"{source.raw} holds no load_data table: name it with --image_csv")
-    return _by_columns(read_tables(paths, "image table", source.notes, source.encoding), source)
+    return _by_columns(_rows(source, paths), source)
 
 
 def gallery(source: Source) -> Screen:
@@ -50,6 +50,11 @@ def gallery(source: Source) -> Screen:
     batches = "|".join(map(re.escape, sorted(set(table[screen.columns.batch]))))
     screen.plate_maps = [source.raw / file for file in source.matching(PLATE_MAPS.format(batches))]
     return screen
+
+
+def _rows(source: Source, paths: list[Path]) -> pd.DataFrame:
+    """The tables that were named, which may have been read to find the layout, or those that the layout found."""
+    return source.table if source.tables else read_tables(paths, "image table", source.notes, source.encoding)
 
 
 def _preferred(source: Source, pattern: str) -> list[Path]:
