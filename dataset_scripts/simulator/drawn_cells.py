@@ -127,16 +127,16 @@ def draw_cells(folder: str | Path, settings: DrawingSettings, processes: int = 1
     """
     folder = Path(folder)
     described = folder / "drawing.json"
+    wanted = asdict(settings) | {"numbers": [each.name for each in fields(Phenotype)]}
     with locked(folder.with_name(folder.name + ".lock"), f"Another process is drawing into {folder}: wait for it."):
         if claim_folder(folder, described.name, "drawn cells"):
             before = read_json(described, fix="name another folder")
-            wanted = asdict(settings) | {"numbers": [each.name for each in fields(Phenotype)]}
             changed = [name for name, value in wanted.items() if before.get(name) != value]
             if changed:
                 raise UserError(f"{folder} holds cells drawn with another {', '.join(changed)}: name another folder.")
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(described, asdict(settings) | {"numbers": [each.name for each in fields(Phenotype)]})
+            write_json(described, wanted)
         missing = [(first, path) for first, path in _part_paths(settings, folder) if not path.exists()]
         if not missing:
             return
