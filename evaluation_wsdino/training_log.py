@@ -3,9 +3,8 @@
 import math
 from collections.abc import Iterable, Mapping
 
+from wsdino import collapse
 from wsdino.run_folder import RunFolder
-
-MONITORS = ("teacher_entropy", "mean_entropy", "kl", "participation_ratio")
 
 
 def collapse_verdict(
@@ -17,11 +16,8 @@ def collapse_verdict(
     ----------
     lines : iterable of dict
         The log's lines in order.
-    num_prototypes : int, optional
-        Outputs of the head, K; without it a nearly uniform teacher cannot be recognised.
-    untrained_ratio : float, optional
-        Participation ratio of the untrained network's features, below which a trained one is suspect. (Images that
-        differ most in brightness give a ratio near 1 even to random weights.)
+    num_prototypes, untrained_ratio
+        As of `wsdino.collapse.collapse_verdict`, which judges them.
 
     Returns
     -------
@@ -30,28 +26,12 @@ def collapse_verdict(
     """
     last = {}
     for line in lines:
-        for name in MONITORS:
+        for name in collapse.MONITORS:
             if isinstance(line.get(name), int | float) and math.isfinite(line[name]):
                 last[name] = float(line[name])
     if not last:
         return {"verdict": "unknown", "reasons": ["no monitors were logged"], "last": {}}
-    collapsed, suspect = [], []
-    uniform = math.log(num_prototypes) if num_prototypes else None
-    if "mean_entropy" in last and last["mean_entropy"] < 0.05 * (uniform or math.log(2)):
-        collapsed.append(f"the teacher gives every image the same prototype (mean entropy {last['mean_entropy']:.3g})")
-    if uniform and last.get("teacher_entropy", 0.0) > 0.99 * uniform:
-        collapsed.append(
-            f"the teacher's targets are nearly uniform (entropy {last['teacher_entropy']:.3g} of {uniform:.3g})"
-        )
-    if "teacher_entropy" in last and "mean_entropy" in last:
-        information = last["mean_entropy"] - last["teacher_entropy"]
-        if information < 0.02 * (uniform or math.log(2)):
-            suspect.append(f"the targets hardly differ between images (difference of the entropies {information:.3g})")
-    ratio = last.get("participation_ratio", math.inf)
-    if ratio < 1.5 and (untrained_ratio is None or ratio < 0.9 * untrained_ratio):
-        suspect.append(f"the features vary along about one direction (participation ratio {ratio:.3g})")
-    verdict = "collapsed" if collapsed else "suspect" if suspect else "healthy"
-    return {"verdict": verdict, "reasons": collapsed + suspect, "last": last}
+    return {**collapse.collapse_verdict(last, num_prototypes, untrained_ratio), "last": last}
 
 
 def training_summary(run: RunFolder, arguments: Mapping, untrained: Mapping[str, float]) -> dict[str, dict]:

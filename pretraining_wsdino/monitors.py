@@ -1,7 +1,5 @@
 """What tells a healthy teacher from a collapsed one while training runs."""
 
-import math
-
 import torch
 from torch import nn
 
@@ -40,39 +38,3 @@ class FeatureWindow(nn.Module):
     def participation_ratio(self) -> float:
         """`participation_ratio` of the features kept."""
         return participation_ratio(self.features[: min(int(self.seen), len(self.features))])
-
-
-def collapse_verdict(
-    teacher_entropy: float, mean_entropy: float, ratio: float, num_prototypes: int
-) -> dict[str, str | list[str]]:
-    """Whether monitors of one log line look like a collapsed teacher.
-
-    Parameters
-    ----------
-    teacher_entropy, mean_entropy : float
-        Mean entropy of the targets, and entropy of the mean target, in nats; see `DinoLoss`.
-    ratio : float
-        Participation ratio of the teacher's features.
-    num_prototypes : int
-        Outputs of the head.
-
-    Returns
-    -------
-    dict
-        `verdict`, "collapsed", "suspect" or "healthy", and `reasons`, a list of clauses.
-    """
-    uniform = math.log(num_prototypes) or 1.0
-    collapsed, suspect = [], []
-    if mean_entropy < 0.05 * uniform:
-        collapsed.append(f"the teacher gives every image the same prototype (mean entropy {mean_entropy:.3g})")
-    if teacher_entropy > 0.99 * uniform:
-        collapsed.append(f"the teacher's targets are nearly uniform (entropy {teacher_entropy:.3g} of {uniform:.3g})")
-    information = mean_entropy - teacher_entropy
-    if information < 0.02 * uniform:
-        suspect.append(f"the targets hardly differ between images (difference of the entropies {information:.3g})")
-    if ratio < 1.5:
-        suspect.append(f"the features vary along about one direction (participation ratio {ratio:.3g})")
-    return {
-        "verdict": "collapsed" if collapsed else "suspect" if suspect else "healthy",
-        "reasons": collapsed + suspect,
-    }

@@ -7,8 +7,10 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from wsdino.collapse import collapse_verdict
+
 from .distillation import DinoHead, DinoLoss, MultiCropNetwork, koleo_loss, update_teacher
-from .monitors import FeatureWindow, collapse_verdict
+from .monitors import FeatureWindow
 from .multicrop import resize_windows
 from .patch_whitening import whiten_patch_embedding
 from .schedules import cosine_schedule, linear_schedule
@@ -151,7 +153,6 @@ class SelfDistillation(Objective):
 
     def logged(self, progress: Progress, means: dict[str, float]) -> dict[str, Any]:
         """The teacher's schedules, the participation ratio of its features, and whether it looks collapsed."""
-        ratio = self.features.participation_ratio()
-        entropies = means["teacher_entropy"], means["mean_entropy"]
-        verdict = collapse_verdict(*entropies, ratio, self.settings.num_prototypes)
-        return {**self.schedules(progress), "participation_ratio": ratio, "collapse": verdict}
+        ratio = {"participation_ratio": self.features.participation_ratio()}
+        verdict = collapse_verdict(means | ratio, self.settings.num_prototypes)
+        return {**self.schedules(progress), **ratio, "collapse": verdict}
