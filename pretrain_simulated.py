@@ -5,7 +5,6 @@ wsdino-train --preset cells --init 'runs/simulated_start/{channel}/model' --data
 """
 
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ import torch
 from dataset_scripts.simulator.drawn_cells import DrawingSettings, draw_cells, open_drawn_cells
 from modeling_wsdino import WSDinoConfig, WSDinoImageProcessor, WSDinoModel
 from modeling_wsdino.build_repository import build_repository
-from pretraining_wsdino import Trainer, new_accelerator, start_training
+from pretraining_wsdino import Trainer, new_accelerator, start_training, suit_attention, train_channels
 from pretraining_wsdino.run_record import begun_run, recorded_run
 from pretraining_wsdino.simulated_start import RecognisePhenotypes, StartSettings, drawn_data
 from wsdino.errors import command
@@ -60,8 +59,7 @@ def channel_trainer(settings: StartSettings, channel: str) -> Trainer:
         channel_names=[channel],
     )
     backbone = WSDinoModel(config)
-    if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu":
-        backbone.set_attn_implementation("eager")  # sdpa's backward in bf16 on a CPU is slower than float32
+    suit_attention(backbone, accelerator)
     processor = WSDinoImageProcessor(
         tile_size=s.crop_size, tile_grid=1, max_intensity=s.max_intensity, intensity_scale="log", symmetries=4
     )
@@ -91,19 +89,9 @@ def pretrain(settings: StartSettings) -> bool:
     drawing = DrawingSettings(s.source, s.phenotypes, s.cells, s.crop_size + 4, s.seed)
     on_main_process(accelerator, lambda: draw_cells(s.drawn_cells, drawing, s.draw_processes or usable_cores()))
     dataset = {"path": s.drawn_cells, "fields": s.phenotypes * s.cells * 2, "source": ["simulated"]}
-    with ExitStack() as held:
-        for channel in s.channels:
-            trainer = channel_trainer(s, channel)
-            if channel == s.channels[0]:
-                held.enter_context(begun_run(s, s.channels, dataset, accelerator))
-            finished = trainer.train()
-            del trainer
-            if not finished:
-                return False
-    accelerator.print(f"Trained {', '.join(s.channels)} on drawn (simulated) cells into {s.output_dir}.")
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    return True
+    begun = begun_run(s, s.channels, dataset, accelerator)
+    said = f"Trained {', '.join(s.channels)} on drawn (simulated) cells into {s.output_dir}."
+    return train_channels(s.channels, lambda channel: channel_trainer(s, channel), begun, accelerator, said)
 
 
 @command(NAME)

@@ -7,10 +7,8 @@ This script joins the rooms: the data room's planes, the model room's networks a
 `pretraining_wsdino.Trainer`, which holds the loop.
 """
 
-import gc
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -46,6 +44,8 @@ from pretraining_wsdino import (
     check_settings,
     new_accelerator,
     start_training,
+    suit_attention,
+    train_channels,
     training_data,
 )
 from pretraining_wsdino.run_record import begun_run, joined_channels, recorded_run
@@ -173,8 +173,7 @@ def channel_trainer(settings: TrainingSettings, channel: str, fields: Fields) ->
 
     def make_backbone(drop_path_rate: float) -> WSDinoModel:
         backbone = initial_backbone(s, channel, drop_path_rate)
-        if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu":
-            backbone.set_attn_implementation("eager")  # sdpa's backward in bf16 on a CPU is slower than float32's
+        suit_attention(backbone, accelerator)
         return backbone
 
     if s.objective == "supervised":
@@ -216,27 +215,21 @@ def train(settings: TrainingSettings) -> bool:
         "source": sorted(set(fields["source"])) if "source" in fields.column_names else [],
         "fingerprint": fields.fingerprint,
     }
-    with ExitStack() as held:
-        for channel in settings.channels:
-            trainer = channel_trainer(settings, channel, fields)
-            if channel == settings.channels[0]:  # only now, when every setting has proved usable, is anything written
-                held.enter_context(begun_run(settings, channels, dataset, accelerator))
-            if settings.whiten_patches:
-                trainer.save_initial()
-            finished = trainer.train()
-            # Two channels' networks and optimisers would not fit a GPU that one fits. And free them before the process
-            # group: destroying DDP afterwards can deadlock, because it joins a thread that needs the GIL.
-            del trainer
-            gc.collect()
-            if not finished:
-                return False
+
+    def join_towers() -> None:
         towers = {name: run.model(name) for name in channels}
         if len(towers) > 1 and all(folder.exists() for folder in towers.values()):
             on_main_process(accelerator, lambda: build_combined_repository(run.combined_model, towers))
-    accelerator.print(f"Trained {', '.join(settings.channels)} into {run}.")
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    return True
+
+    return train_channels(
+        settings.channels,
+        lambda channel: channel_trainer(settings, channel, fields),
+        begun_run(settings, channels, dataset, accelerator),
+        accelerator,
+        f"Trained {', '.join(settings.channels)} into {run}.",
+        at_end=join_towers,
+        save_initial=settings.whiten_patches,
+    )
 
 
 @command(NAME)

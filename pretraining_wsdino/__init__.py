@@ -1,8 +1,9 @@
 """Self-distillation with weak labels: settings, pairs, crops, head, loss, schedules and the loop, in plain PyTorch."""
 
-from .accelerators import new_accelerator, start_training
+from .accelerators import new_accelerator, start_training, suit_attention
+from .channels import train_channels
 from .distillation import DinoHead, DinoLoss, MultiCropNetwork, koleo_loss, sinkhorn_targets, update_teacher
-from .monitors import FeatureWindow, collapse_verdict, participation_ratio
+from .monitors import FeatureWindow, participation_ratio
 from .multicrop import CropSpec, cut_window, draw_boxes, resize_windows
 from .pairs import PairBatchSampler, PlanePairs, WeakLabelPairCollator, WeakLabelPairSampler
 from .patch_whitening import whiten_patch_embedding
@@ -33,7 +34,6 @@ __all__ = [
     "WeakLabelPairCollator",
     "WeakLabelPairSampler",
     "check_settings",
-    "collapse_verdict",
     "cosine_schedule",
     "cut_window",
     "draw_boxes",
@@ -44,6 +44,8 @@ __all__ = [
     "resize_windows",
     "sinkhorn_targets",
     "start_training",
+    "suit_attention",
+    "train_channels",
     "training_data",
     "update_teacher",
     "whiten_patch_embedding",
