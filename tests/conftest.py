@@ -42,7 +42,7 @@ def tiny_screen(tiny_raw):
 
 
 @pytest.fixture(scope="session")
-def raw_screen(tmp_path_factory):
+def raw(tmp_path_factory):
     """Raw folder of a screen whose images are as small as they can be; only to be read."""
     from dataset_scripts import simulate_screen
 
@@ -51,12 +51,12 @@ def raw_screen(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def built_screen(raw_screen, tmp_path_factory):
+def built(raw, tmp_path_factory):
     """The dataset folder of that screen; only to be read."""
     from dataset_scripts import build_dataset
 
     output = tmp_path_factory.mktemp("prepare") / "dataset"
-    build_dataset(raw_screen, output, progress=False)
+    build_dataset(raw, output, progress=False)
     return output
 
 

@@ -10,16 +10,6 @@ from small_screens import load, plain_screen, table_of
 from dataset_scripts.prepare import build_dataset
 
 
-@pytest.fixture
-def raw(raw_screen):
-    return raw_screen
-
-
-@pytest.fixture
-def built(built_screen):
-    return built_screen
-
-
 def test_card_is_what_the_hub_reads(built):
 
     card = DatasetCard.load(built / "README.md")

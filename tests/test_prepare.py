@@ -30,16 +30,6 @@ COLUMNS = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def raw(raw_screen):
-    return raw_screen
-
-
-@pytest.fixture
-def built(built_screen):
-    return built_screen
-
-
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))

@@ -13,11 +13,6 @@ from dataset_scripts.prepare import build_dataset, main
 from wsdino.errors import UserError
 
 
-@pytest.fixture
-def raw(raw_screen):
-    return raw_screen
-
-
 @pytest.mark.parametrize(
     ("flag", "value"),
     [("--plates", ""), ("--plates", ","), ("--downloads", "0"), ("--workers", "0"), ("--resize", "nan")]

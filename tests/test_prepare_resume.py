@@ -12,16 +12,6 @@ from dataset_scripts.prepare import build_dataset, main
 from wsdino.errors import UserError
 
 
-@pytest.fixture
-def raw(raw_screen):
-    return raw_screen
-
-
-@pytest.fixture
-def built(built_screen):
-    return built_screen
-
-
 def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
