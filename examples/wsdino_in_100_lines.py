@@ -112,8 +112,8 @@ def main(folder, channel="tubulin", label="compound"):
     optimizer = torch.optim.AdamW(student.parameters(), LEARNING_RATE, weight_decay=0.0)
     for step in range(STEPS):
         anchors, partners = draw_pairs(labels, BATCH, random)
-        global_views = crops([planes[row] for row in anchors], 2, 64, (0.1, 0.2), random)  # 224 pixels
-        local_views = crops([planes[row] for row in partners], 8, 32, (0.04, 0.08), random)  # 96 pixels
+        global_views = crops([planes[int(row)] for row in anchors], 2, 64, (0.1, 0.2), random)  # 224 pixels
+        local_views = crops([planes[int(row)] for row in partners], 8, 32, (0.04, 0.08), random)  # 96 pixels
         momentum = 1 - (1 - 0.99) * (1 + math.cos(math.pi * step / STEPS)) / 2  # from 0.99 to 1 along a cosine
         loss = train_step(student, teacher, center, optimizer, global_views, local_views, BATCH, momentum)
         print(f"step {step + 1}: loss {loss:.4f}")

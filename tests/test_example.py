@@ -83,7 +83,6 @@ def precision(dtype):
         torch.set_default_dtype(before)
 
 
-@pytest.mark.slow
 def test_its_steps_equal_those_of_the_packages(example, tiny_screen, monkeypatch, capsys, tmp_path):
     """Crops, then three steps' losses and weights within 1e-5; the run continues to its end."""
     crops, train_step, ours, losses = example.crops, example.train_step, {}, []
